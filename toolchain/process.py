@@ -1,0 +1,90 @@
+"""The one door to external programs: output to a log, the last line in the error, no orphan when we die."""
+
+import ctypes
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from toolchain.errors import ExternalToolError, HostError
+
+_PR_SET_PDEATHSIG = 1
+_TERM_GRACE_S = 5.0
+
+
+def die_with_parent() -> None:
+    """In a child before exec: ask Linux to kill it when its parent dies, so that a kill −9 leaves no second writer."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def run(
+    argv: Sequence[str],
+    *,
+    log: Path,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    on_line: Callable[[str], None] | None = None,
+    hint: str | None = None,
+) -> None:
+    """Run a program to its end; stdout and stderr together go to `log`, line by line to `on_line`.
+
+    Raises ExternalToolError when it is missing, fails or is killed, and HostError when the disk is full.
+    """
+    name = Path(argv[0]).name
+    log.parent.mkdir(parents=True, exist_ok=True)
+    last = ""
+    disk_full = False
+    with log.open("a", encoding="utf-8") as out:
+        out.write(f"$ {shlex.join(argv)}\n")
+        out.flush()
+        try:
+            child = subprocess.Popen(
+                argv,
+                cwd=cwd,
+                env={**os.environ, **env} if env is not None else None,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                preexec_fn=die_with_parent,  # noqa: PLW1509 - one prctl call, no locks taken
+            )
+        except OSError as error:
+            raise ExternalToolError(f"cannot start {argv[0]}: {error.strerror}", hint=hint) from error
+        try:
+            assert child.stdout is not None
+            for line in child.stdout:
+                out.write(line)
+                if line.strip():
+                    last = line.strip()
+                    disk_full = disk_full or "No space left on device" in line
+                if on_line is not None:
+                    on_line(line.rstrip("\n"))
+            code = child.wait()
+        except BaseException:
+            stop(child)
+            raise
+    if disk_full:
+        hint = f"free some space, then run again; full output: {log}"
+        raise HostError(f"{name}: no space left on the disk", hint=hint)
+    if code < 0:
+        name_of_signal = signal.Signals(-code).name
+        more = " (often: out of memory)" if -code == signal.SIGKILL else ""
+        raise ExternalToolError(f"{name} was killed by {name_of_signal}{more}", hint=hint or f"full output: {log}")
+    if code > 0:
+        raise ExternalToolError(f"{name} exited with {code}: {last[:400]}", hint=hint or f"full output: {log}")
+
+
+def stop(child: "subprocess.Popen[str]") -> None:
+    """Ask a child to end, then make it end."""
+    if child.poll() is None:
+        child.terminate()
+        try:
+            child.wait(_TERM_GRACE_S)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
