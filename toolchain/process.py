@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from toolchain.errors import ExternalToolError, HostError
@@ -28,17 +29,22 @@ def run(
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
     on_line: Callable[[str], None] | None = None,
+    stdout: Path | None = None,
     hint: str | None = None,
 ) -> None:
     """Run a program to its end; stdout and stderr together go to `log`, line by line to `on_line`.
 
-    Raises ExternalToolError when it is missing, fails or is killed, and HostError when the disk is full.
+    With `stdout`, what the program prints there goes to that file, and only stderr to the log. Raises
+    ExternalToolError when it is missing, fails or is killed, and HostError when the disk is full.
     """
     name = Path(argv[0]).name
     log.parent.mkdir(parents=True, exist_ok=True)
     last = ""
     disk_full = False
-    with log.open("a", encoding="utf-8") as out:
+    with (
+        log.open("a", encoding="utf-8") as out,
+        stdout.open("wb") if stdout is not None else nullcontext() as result,
+    ):
         out.write(f"$ {shlex.join(argv)}\n")
         out.flush()
         try:
@@ -47,8 +53,8 @@ def run(
                 cwd=cwd,
                 env={**os.environ, **env} if env is not None else None,
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
+                stdout=subprocess.PIPE if result is None else result,
+                stderr=subprocess.STDOUT if result is None else subprocess.PIPE,
                 text=True,
                 errors="replace",
                 preexec_fn=die_with_parent,  # noqa: PLW1509 - one prctl call, no locks taken
@@ -56,8 +62,9 @@ def run(
         except OSError as error:
             raise ExternalToolError(f"cannot start {argv[0]}: {error.strerror}", hint=hint) from error
         try:
-            assert child.stdout is not None
-            for line in child.stdout:
+            lines = child.stdout if result is None else child.stderr
+            assert lines is not None
+            for line in lines:
                 out.write(line)
                 if line.strip():
                     last = line.strip()
@@ -68,6 +75,9 @@ def run(
         except BaseException:
             stop(child)
             raise
+        finally:
+            if child.stdout is not None:
+                child.stdout.close()
     if disk_full:
         hint = f"free some space, then run again; full output: {log}"
         raise HostError(f"{name}: no space left on the disk", hint=hint)

@@ -1,0 +1,281 @@
+"""Making a bundle and noticing what was changed in it. Its programs are this system's `true`."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.device import tiny_chat
+from toolchain.bundle import build
+from toolchain.device import files
+from toolchain.errors import DataError, HostError, ModelError
+from toolchain.gguf.llama_cpp import LlamaCpp
+from toolchain.reporter import Silent
+from toolchain.target import TargetProfile, read_target
+
+pytestmark = pytest.mark.device
+_TRUE = Path(shutil.which("true") or "/bin/true")
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_chat.write_gguf(tmp_path_factory.mktemp("model") / "model.gguf")
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> LlamaCpp:
+    """An installed build's layout around real programs that need nothing but glibc."""
+    root = tmp_path / "llama.cpp"
+    (root / "bin").mkdir(parents=True)
+    (root / "source").mkdir()
+    (root / "source" / "LICENSE").write_text("MIT\n")
+    for name in ("llama-server", "llama-bench"):
+        shutil.copyfile(_TRUE.resolve(), root / "bin" / name)
+    return LlamaCpp(root=root, commit="0" * 40, key="k", flags=("-DA=ON",))
+
+
+def target(**runtime: Any) -> TargetProfile:
+    profile = read_target("x86-cpu")
+    return profile.model_copy(update={"runtime": profile.runtime.model_copy(update=runtime)})
+
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def make(llama: LlamaCpp, model: Path, tmp_path: Path) -> Make:
+    def bundle(place: str = "out", **changed: Any) -> Path:
+        out = tmp_path / place
+        out.mkdir()
+        arguments: dict[str, Any] = {
+            "target": target(),
+            "gguf": model,
+            "quantize_facts": {"fallbacks": []},
+            "ledger": {"held_out_kl": 0.25},
+            "golden": tiny_chat.golden(),
+            "lineage": {"quantize": "sha256:" + "0" * 64},
+            "llama": llama,
+            **changed,
+        }
+        settings = changed.pop("settings", build.BundleSettings(name="tiny", version="1.0", context=512))
+        arguments.pop("settings", None)
+        facts = build.run(settings, **arguments, out=out, report=Silent())
+        assert facts["bundle_id"] == files.open_bundle(out / facts["folder"]).id
+        return out / str(facts["folder"])
+
+    return bundle
+
+
+def every_byte(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {
+        path.relative_to(folder).as_posix(): (path.stat().st_mode, path.read_bytes())
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_the_same_inputs_give_the_same_bytes(make: Make) -> None:
+    first, second = every_byte(make("first")), every_byte(make("second"))
+    assert {"manifest.json", "SHA256SUMS", "MODEL_CARD.md", "edgectl", "device/cli.py"} <= set(first)
+    assert first == second
+
+
+def test_the_id_changes_with_a_file_and_with_a_fact(make: Make) -> None:
+    ids = {
+        files.open_bundle(make("a")).id,
+        files.open_bundle(make("b", golden=tiny_chat.golden()[:1])).id,
+        files.open_bundle(make("c", ledger=None)).id,
+        files.open_bundle(make("d", settings=build.BundleSettings(name="tiny", version="1.1", context=512))).id,
+    }
+    assert len(ids) == 4
+
+
+def test_the_manifest_tells_what_the_model_is_and_names_no_place_on_this_machine(make: Make, tmp_path: Path) -> None:
+    folder = make()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    model = manifest["model"]
+    assert model["file"] == "model/tiny-F32.gguf"
+    assert model["bits_per_weight"] == 32
+    assert model["tensor_types"] == {"F32": 12}
+    assert model["eos"] == {"id": tiny_chat.token_id("<|fin|>"), "text": "<|fin|>"}
+    assert manifest["files"][model["file"]]["sha256"] == model["sha256"] == files.sha256(folder / model["file"])
+    texts = [path.read_text() for path in folder.rglob("*") if path.suffix in (".json", ".md", ".txt")]
+    assert len(texts) >= 6
+    assert not any(str(tmp_path) in text for text in texts)
+
+
+def test_sha256sum_accepts_a_bundle_without_our_code(make: Make) -> None:
+    folder = make()
+    subprocess.run(["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"], cwd=folder, check=True)
+    listed = {line.split("  ")[1] for line in (folder / "SHA256SUMS").read_text().splitlines()}
+    assert listed == set(every_byte(folder)) - {"SHA256SUMS"}
+
+
+def _append(folder: Path) -> str:
+    with (folder / "presets.json").open("a") as file:
+        file.write(" ")
+    return "presets.json: changed: "
+
+
+def _same_size(folder: Path) -> str:
+    path = folder / "model" / "tiny-F32.gguf"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.unlink()  # it may be a hard link to the source
+    path.write_bytes(content)
+    return "model/tiny-F32.gguf: changed: SHA-256 differs"
+
+
+def _missing(folder: Path) -> str:
+    (folder / "eval" / "golden.json").unlink()
+    return "eval/golden.json: missing"
+
+
+def _extra(folder: Path) -> str:
+    (folder / "runtime" / "bin" / "libggml-cpu-evil.so").write_bytes(b"")
+    return "runtime/bin/libggml-cpu-evil.so: extra"
+
+
+def _link(folder: Path) -> str:
+    (folder / "MODEL_CARD.md").rename(folder.parent / "card")
+    (folder / "MODEL_CARD.md").symlink_to(folder.parent / "card")
+    return "MODEL_CARD.md: is a link"
+
+
+def _folder_link(folder: Path) -> str:
+    (folder / "LICENSES").rename(folder.parent / "texts")
+    (folder / "LICENSES").symlink_to(folder.parent / "texts")
+    return "LICENSES: is a link"
+
+
+def _manifest(folder: Path) -> str:
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["quality"]["held_out_kl"] = 0.001
+    path.write_text(json.dumps(manifest))
+    return "manifest.json: changed"
+
+
+def _sums(folder: Path) -> str:
+    (folder / "SHA256SUMS").write_text("")
+    return "SHA256SUMS: changed"
+
+
+def _not_executable(folder: Path) -> str:
+    (folder / "runtime" / "bin" / "llama-server").chmod(0o644)
+    return "runtime/bin/llama-server: not executable"
+
+
+CHANGES = [_append, _same_size, _missing, _extra, _link, _folder_link, _manifest, _sums, _not_executable]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.strip("_"))
+def test_verify_names_what_was_changed(make: Make, change: Callable[[Path], str]) -> None:
+    folder = make()
+    assert files.problems(files.open_bundle(folder)) == []
+    expected = change(folder)
+    found = files.problems(files.open_bundle(folder))
+    assert any(problem.startswith(expected) for problem in found), found
+    result = edgectl(folder, "verify", "--json")
+    assert result.returncode == 1
+    assert json.loads(result.stdout)["ok"] is False
+
+
+def edgectl(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    python = shutil.which("python3", path="/usr/bin:/bin") or sys.executable
+    argv = [python, "-I", "-S", str(folder / "edgectl"), *arguments]
+    return subprocess.run(argv, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=False)
+
+
+def test_a_damaged_manifest_is_one_error_and_a_hint(make: Make) -> None:
+    folder = make()
+    (folder / "manifest.json").write_text("{")
+    result = edgectl(folder, "info")
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ")
+    assert "is damaged" in result.stderr
+    assert "hint: copy the bundle again" in result.stderr
+
+
+def test_a_bundle_without_a_manifest_says_that_it_is_not_whole(make: Make) -> None:
+    folder = make()
+    (folder / "manifest.json").unlink()
+    result = edgectl(folder, "verify")
+    assert result.returncode == 1
+    assert "no manifest.json" in result.stderr
+
+
+def test_a_host_that_is_open_to_the_network_needs_a_key(make: Make) -> None:
+    result = edgectl(make(), "serve", "--host", "0.0.0.0")
+    assert result.returncode == 2
+    assert "there is no API key" in result.stderr
+    assert "--api-key-file" in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--port", "0"], ["--port", "x"], ["--api-key-file", "/nowhere"]])
+def test_a_wrong_option_of_serve_exits_with_2(make: Make, arguments: list[str]) -> None:
+    result = edgectl(make(), "serve", *arguments)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+
+
+def test_info_says_what_is_in_the_bundle_and_what_the_machine_is(make: Make) -> None:
+    record = json.loads(edgectl(make(), "info", "--json").stdout)
+    assert record["bundle"]["name"] == "tiny"
+    assert record["device"]["logical_cpus"] == len(os.sched_getaffinity(0))
+    assert record["threads"] >= 1
+
+
+def test_a_truncated_gguf_is_refused_with_one_clear_error(make: Make, model: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(model.read_bytes()[:-5000])
+    with pytest.raises(ModelError, match="cut short"):
+        make(gguf=cut)
+
+
+def test_a_file_that_is_no_gguf_is_refused(make: Make, tmp_path: Path) -> None:
+    other = tmp_path / "other.gguf"
+    other.write_bytes(b"hello" * 100)
+    with pytest.raises(ModelError, match="not a GGUF"):
+        make(gguf=other)
+
+
+def test_a_context_longer_than_the_models_is_refused(make: Make) -> None:
+    with pytest.raises(ModelError, match="made for 1024 tokens, 4096 are asked for"):
+        make(settings=build.BundleSettings(name="tiny", version="1.0", context=4096))
+
+
+def test_golden_prompts_are_required_and_must_fit(make: Make) -> None:
+    with pytest.raises(DataError, match="no golden prompts"):
+        make("a", golden=[])
+    with pytest.raises(DataError, match="golden prompt 0 has 600 tokens"):
+        make("b", golden=[{"messages": [], "prompt_ids": [1] * 600}])
+
+
+def test_programs_for_another_processor_are_refused(make: Make) -> None:
+    other = target().model_copy(update={"arch": "aarch64"})
+    with pytest.raises(HostError, match="llama-bench is for x86_64, the target x86-cpu is aarch64"):
+        make(target=other)
+
+
+def test_programs_that_need_a_newer_glibc_are_refused_with_the_symbol(make: Make) -> None:
+    with pytest.raises(HostError, match=r"needs glibc 2\.\d+ \(symbol \w+\), the target x86-cpu has 2\.3$"):
+        make(target=target(glibc_floor="2.3"))
+
+
+def test_a_library_that_is_neither_in_the_build_nor_in_glibc_is_refused(make: Make, llama: LlamaCpp) -> None:
+    listing = shutil.which("ls")  # needs libselinux or libcap on most systems
+    assert listing is not None
+    shutil.copyfile(Path(listing).resolve(), llama.bin / "llama-server")
+    from toolchain.bundle.runtime import read_elf
+
+    if set(read_elf(llama.bin / "llama-server").needed) <= {"libc.so.6"}:
+        pytest.skip("ls needs nothing but glibc here")
+    with pytest.raises(HostError, match=r"lib\w+\.so\.\d+ is not in .*, and the programs need it"):
+        make()

@@ -1,0 +1,291 @@
+"""A bundle copied away from where it was built, run as on a device: the system's Python, no packages."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.device import tiny_chat
+from toolchain.bundle import build
+from toolchain.device import files, serve
+from toolchain.errors import HostError
+from toolchain.gguf import llama_cpp
+from toolchain.reporter import Silent
+from toolchain.target import read_target
+
+pytestmark = [pytest.mark.device, pytest.mark.llama_cpp]
+_PYTHON = shutil.which("python3", path="/usr/bin:/bin") or sys.executable
+_ENVIRONMENT = {"PATH": "/usr/bin:/bin"}
+_PROMPT = [{"role": "user", "content": "How are you?"}]
+
+
+@pytest.fixture(scope="session")
+def llama() -> llama_cpp.LlamaCpp:
+    try:
+        return llama_cpp.find(read_target("x86-cpu").runtime.cmake)
+    except HostError as error:
+        pytest.skip(error.message)
+
+
+Builder = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def make(llama: llama_cpp.LlamaCpp, tmp_path_factory: pytest.TempPathFactory) -> Builder:
+    """Build a bundle and give a copy of it in another place."""
+
+    def build_and_copy(eos: str = "<|fin|>", golden: list[dict[str, Any]] | None = None) -> Path:
+        work = tmp_path_factory.mktemp("work")
+        out = work / "out"
+        out.mkdir()
+        facts = build.run(
+            build.BundleSettings(name="tiny", version="1.0", context=tiny_chat.CONTEXT),
+            target=read_target("x86-cpu"),
+            gguf=tiny_chat.write_gguf(work / "model.gguf", eos=eos),
+            quantize_facts={},
+            ledger={"held_out_kl": 0.5},
+            golden=tiny_chat.golden() if golden is None else golden,
+            lineage={"quantize": "sha256:" + "0" * 64},
+            llama=llama,
+            out=out,
+            report=Silent(),
+        )
+        copy = tmp_path_factory.mktemp("device") / "a place with spaces"
+        shutil.copytree(out / facts["folder"], copy)
+        shutil.rmtree(work)
+        return copy
+
+    return build_and_copy
+
+
+@pytest.fixture(scope="session")
+def bundle(make: Builder) -> Path:
+    return make()
+
+
+def edgectl(bundle: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    argv = [_PYTHON, "-I", "-S", str(bundle / "edgectl"), *arguments]
+    return subprocess.run(argv, cwd="/", env=_ENVIRONMENT, capture_output=True, text=True, check=False, timeout=180)
+
+
+def checks(result: "subprocess.CompletedProcess[str]") -> dict[str, tuple[bool, str]]:
+    return {item["name"]: (item["ok"], item["detail"]) for item in json.loads(result.stdout)["checks"]}
+
+
+@contextmanager
+def serving(bundle: Path, *arguments: str) -> Iterator[tuple["subprocess.Popen[str]", int]]:
+    """`edgectl serve` and its port, once it answers."""
+    port = serve.free_port()
+    argv = [_PYTHON, "-I", "-S", str(bundle / "edgectl"), "serve", "--port", str(port), *arguments]
+    with subprocess.Popen(argv, cwd="/", env=_ENVIRONMENT, stderr=subprocess.PIPE, text=True) as child:
+        try:
+            assert child.stderr is not None
+            for line in child.stderr:
+                if line.startswith("ready after"):
+                    break
+            else:
+                pytest.fail(f"not ready, exit code {child.wait()}")
+            yield child, port
+        finally:
+            child.kill()
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def gone_within(port: int, limit_s: float) -> bool:
+    end_s = time.monotonic() + limit_s
+    while answers(port):
+        if time.monotonic() > end_s:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def test_a_copied_bundle_passes_every_smoke_check(bundle: Path) -> None:
+    result = edgectl(bundle, "smoke", "--json")
+    found = checks(result)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert len(found) == 16
+    assert all(ok for ok, _ in found.values())
+    assert found["server ready"][1].startswith(("refused → 503 → 200", "503 → 200", "refused → 200"))
+    assert "libggml-cpu-" in found["backend"][1]
+    assert found["stops at eos"][1].startswith("2 of 2")
+
+
+def test_running_a_bundle_leaves_no_file_behind(bundle: Path) -> None:
+    edgectl(bundle, "info")
+    assert edgectl(bundle, "verify").returncode == 0
+    assert not list(bundle.rglob("__pycache__"))
+
+
+def test_smoke_fails_when_the_server_renders_other_prompt_ids(make: Builder) -> None:
+    wrong = tiny_chat.golden()
+    wrong[1]["prompt_ids"][-1] = 7
+    found = checks(edgectl(make(golden=wrong), "smoke", "--json"))
+    last = len(wrong[1]["prompt_ids"]) - 1
+    assert found["golden prompt ids"][0] is False
+    assert f"prompt 1: {last + 1} ids, expected {last + 1}; differs at {last}" in found["golden prompt ids"][1]
+    assert found["chat feeds those ids"][0] is True
+    assert found["stops at eos"][0] is True
+
+
+def test_smoke_fails_when_answers_do_not_end(make: Builder) -> None:
+    result = edgectl(make(eos="<|other|>"), "smoke", "--json")
+    assert result.returncode == 1
+    failed = {name for name, (ok, _) in checks(result).items() if not ok}
+    assert failed == {"stops at eos"}
+
+
+def test_smoke_names_a_changed_file_and_still_runs_the_other_checks(bundle: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy)
+    with (copy / "MODEL_CARD.md").open("a") as file:
+        file.write("more")
+    found = checks(edgectl(copy, "smoke", "--json"))
+    assert found["files"][0] is False
+    assert "MODEL_CARD.md: changed" in found["files"][1]
+    assert all(ok for name, (ok, _) in found.items() if name != "files")
+
+
+def test_smoke_says_why_the_server_did_not_start(bundle: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy)
+    model = next((copy / "model").iterdir())
+    os.truncate(model, model.stat().st_size // 2)
+    result = edgectl(copy, "smoke", "--json")
+    found = checks(result)
+    assert result.returncode == 1
+    assert "failed to load model" in found["server ready"][1]
+    assert "Traceback" not in result.stderr
+
+
+def test_the_openai_client_gets_the_same_answer_streamed_and_whole(bundle: Path) -> None:
+    openai = pytest.importorskip("openai")
+    with serving(bundle) as (_, port):
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+        whole = client.chat.completions.create(model="tiny", messages=_PROMPT, temperature=0, max_tokens=50)
+        assert whole.choices[0].message.content == tiny_chat.ANSWER
+        assert whole.choices[0].finish_reason == "stop"
+        stream = client.chat.completions.create(
+            model="tiny", messages=_PROMPT, temperature=0, max_tokens=50, stream=True
+        )
+        pieces = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
+        assert "".join(pieces) == tiny_chat.ANSWER
+        assert sum(bool(piece) for piece in pieces) == len(tiny_chat.ANSWER)
+        assert [model.id for model in client.models.list()] == ["tiny"]
+        client.close()
+
+
+def test_the_key_file_is_asked_for(bundle: Path, tmp_path: Path) -> None:
+    key_file = tmp_path / "key"
+    key_file.write_text("open sesame\n")
+    with serving(bundle, "--api-key-file", str(key_file)) as (_, port):
+        url = f"http://127.0.0.1:{port}/v1/models"
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(url)
+        assert refused.value.code == 401
+        refused.value.close()
+        request = urllib.request.Request(url, headers={"Authorization": "Bearer open sesame"})
+        with urllib.request.urlopen(request) as response:
+            assert response.status == 200
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"])
+def test_a_signal_stops_the_server_and_frees_the_port(bundle: Path, number: signal.Signals, code: int) -> None:
+    with serving(bundle) as (child, port):
+        child.send_signal(number)
+        _, errors = child.communicate(timeout=20)
+        assert child.returncode == code
+        assert "Traceback" not in errors
+        assert not answers(port)
+
+
+def test_killing_edgectl_leaves_no_server(bundle: Path) -> None:
+    with serving(bundle) as (child, port):
+        assert answers(port)
+        child.kill()
+        child.wait()
+        assert gone_within(port, 10)
+
+
+def test_a_server_that_dies_ends_edgectl_with_an_error(bundle: Path) -> None:
+    with serving(bundle) as (child, _):
+        (pid,) = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+        os.kill(int(pid), signal.SIGKILL)
+        _, errors = child.communicate(timeout=20)
+        assert child.returncode == 1
+        assert "error: llama-server was ended by SIGKILL (often: out of memory)" in errors
+
+
+def test_a_port_in_use_is_one_clear_error_with_a_free_port(bundle: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = edgectl(bundle, "serve", "--port", str(port))
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"error: port {port} on 127.0.0.1 is in use\nhint: port ")
+    assert result.stderr.count("\n") == 2
+
+
+def test_bench_writes_a_record_with_every_sample_and_its_conditions(bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "record.json"
+    options = ["--repetitions", "2", "--cold-starts", "2", "--prompt-tokens", "64", "--generated-tokens", "8"]
+    result = edgectl(bundle, "bench", *options, "--out", str(out))
+    assert result.returncode == 0, result.stderr
+    record = json.loads(out.read_text())
+    names = {"pp64_tps", "tg8_tps", "ttft_s", "tpot_s", "served_decode_tps", "served_prefill_tps"}
+    names |= {f"{name}_{state}_s" for name in ("load", "cold_start") for state in ("warm", "evicted")}
+    assert set(record["metrics"]) == names
+    for metric in record["metrics"].values():
+        assert len(metric["samples"]) == 2
+        assert min(metric["samples"]) > 0
+        assert min(metric["samples"]) <= metric["p50"] <= metric["p95"] <= max(metric["samples"])
+    for first, ready in zip(
+        record["metrics"]["cold_start_warm_s"]["samples"], record["metrics"]["load_warm_s"]["samples"], strict=True
+    ):
+        assert first > ready
+    assert record["memory"]["served_generated_tokens"] == [8, 8]
+    assert all(60 <= count <= 64 for count in record["memory"]["served_prompt_tokens"])
+    assert record["memory"]["peak_rss_bytes"] >= record["memory"]["pss_bytes"] > 0
+    assert record["bundle"] == files.open_bundle(bundle).id
+    assert record["measured"] is True
+    assert record["conclusive"] is (not record["inconclusive_because"])
+    assert set(record["foreign_cpu_share"]) == {
+        "llama-bench",
+        "as served",
+        "cold start, warm",
+        "cold start, evicted",
+    }
+    assert "pp64_tps" in result.stdout
+
+
+def test_bench_refuses_what_does_not_fit_the_context(bundle: Path) -> None:
+    result = edgectl(bundle, "bench", "--prompt-tokens", "1000", "--generated-tokens", "100")
+    assert result.returncode == 2
+    assert "do not fit the context" in result.stderr
+
+
+def test_every_flag_of_the_presets_is_in_the_help_of_the_pinned_programs(bundle: Path) -> None:
+    presets = json.loads((bundle / "presets.json").read_text())
+    commands = [presets["server"]["argv"] + presets["server"]["api_key_argv"], presets["bench"]["argv"]]
+    for argv in commands:
+        program = argv[0].replace("{bundle}", str(bundle))
+        shown = subprocess.run([program, "--help"], capture_output=True, text=True, check=False, env=_ENVIRONMENT)
+        words = set((shown.stdout + shown.stderr).replace(",", " ").split())
+        flags = [part for part in argv if part.startswith("-")]
+        assert len(flags) >= 6
+        assert [flag for flag in flags if flag not in words] == []

@@ -1,0 +1,240 @@
+"""Convert, importance matrix, quantize and score on tiny checkpoints, by the pinned llama.cpp."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("gguf")
+
+import numpy as np
+import numpy.typing as npt
+
+from tests.tiny import make_tiny_checkpoint
+from toolchain import errors
+from toolchain.data.rows import Row, write_rows
+from toolchain.gguf import convert, imatrix, llama_cpp, quantize, score
+from toolchain.gguf.header import read_facts, read_metadata
+from toolchain.gguf.llama_cpp import LlamaCpp
+from toolchain.recipe import Imatrix, Quantize
+from toolchain.reporter import Silent
+from toolchain.target import read_target
+
+pytestmark = [pytest.mark.stages, pytest.mark.llama_cpp]
+
+NAME = "tiny-7b-instruct"
+
+
+@pytest.fixture(scope="module")
+def llama() -> LlamaCpp:
+    try:
+        return llama_cpp.find(read_target("x86-cpu").runtime.cmake)
+    except errors.HostError as error:
+        pytest.skip(error.message)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows 256 wide, so that every K-quant fits; ids that no token has at the end of the vocabulary."""
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "model", hidden=256, vocabulary=520)
+
+
+@pytest.fixture(scope="module")
+def converted(checkpoint: Path, llama: LlamaCpp, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("convert")
+    convert.run(model=checkpoint, name=NAME, llama=llama, out=out, report=Silent())
+    return out / convert.OUTPUT
+
+
+@pytest.fixture(scope="module")
+def rows(checkpoint: Path) -> list[Row]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    made = []
+    for i in range(12):
+        chat = [{"role": "user", "content": f"How do I copy file {i} to another machine?"}]
+        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+        answer = tokenizer(f"Use scp with file {i} first.<|im_end|>")["input_ids"]
+        made.append(Row(str(i), (), "", tuple(prompt), tuple(answer), "stop"))
+    return made
+
+
+@pytest.fixture(scope="module")
+def matrix(
+    converted: Path, checkpoint: Path, rows: list[Row], llama: LlamaCpp, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    return make_matrix(converted, checkpoint, rows, llama, tmp_path_factory.mktemp("imatrix"))
+
+
+def make_matrix(gguf: Path, checkpoint: Path, rows: Sequence[Row], llama: LlamaCpp, out: Path) -> Path:
+    write_rows(out / "train.jsonl", rows)
+    metrics = imatrix.run(
+        Imatrix(context=64),
+        gguf=gguf,
+        rows=out / "train.jsonl",
+        tokenizer=checkpoint,
+        llama=llama,
+        out=out,
+        report=Silent(),
+    )
+    assert metrics["chunks"] >= 2
+    return out / imatrix.OUTPUT
+
+
+def reference(checkpoint: Path, rows: Sequence[Row]) -> list[npt.NDArray[np.float64]]:
+    """The same log-probabilities by Transformers in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    found = []
+    with torch.no_grad():
+        for row in rows:
+            logits = model(torch.tensor([row.token_ids])).logits[0].double()
+            found.append(logits.log_softmax(-1).numpy()[len(row.prompt_ids) - 1 : -1])
+    return found
+
+
+def mean_kl(expected: Sequence[npt.NDArray[np.float64]], found: Sequence[npt.NDArray[np.float32]]) -> float:
+    parts = [(np.exp(p) * (p - q)).sum(-1) for p, q in zip(expected, found, strict=True)]
+    return float(np.concatenate(parts).mean())
+
+
+def test_the_gguf_predicts_what_the_checkpoint_predicts(
+    checkpoint: Path, converted: Path, llama: LlamaCpp, rows: list[Row]
+) -> None:
+    generator = np.random.default_rng(0)
+    # Longer than one batch, with the answer across its end; the shortest there can be; one that ends on the border.
+    lengths = ((500, 100), (1, 1), (511, 1), (512, 3))
+    ids = [tuple(int(i) for i in generator.integers(0, 512, prompt + answer)) for prompt, answer in lengths]
+    odd = [Row("", (), "", i[:prompt], i[prompt:], "length") for (prompt, _), i in zip(lengths, ids, strict=True)]
+    asked = [*rows[:2], *odd]
+    found = list(score.answer_logprobs(converted, asked, llama=llama, threads=1))
+    expected = reference(checkpoint, asked)
+    assert [item.shape for item in found] == [(len(row.answer_ids), 520) for row in asked]
+    assert all(item.dtype == np.float32 for item in found)
+    assert mean_kl(expected, found) < 1e-3
+    assert max(float(np.abs(p - q).max()) for p, q in zip(expected, found, strict=True)) < 0.2
+    # The order of rows does not matter: nothing of one is left for the next.
+    again = list(score.answer_logprobs(converted, asked[::-1], llama=llama, threads=1))[::-1]
+    assert all(np.array_equal(one, other) for one, other in zip(found, again, strict=True))
+
+
+def test_a_rows_ids_beyond_the_vocabulary_are_refused(converted: Path, llama: LlamaCpp) -> None:
+    row = Row("9", (), "", (1, 2), (520,), "length")
+    with pytest.raises(errors.ModelError, match="520 tokens, a row has token 520"):
+        list(score.answer_logprobs(converted, [row], llama=llama))
+
+
+def test_the_gguf_is_the_same_each_time_and_names_no_folder(
+    checkpoint: Path, converted: Path, llama: LlamaCpp, tmp_path: Path
+) -> None:
+    moved = shutil.copytree(checkpoint, tmp_path / "mistral-9b-chat-v0.3")
+    metrics = convert.run(model=moved, name=NAME, llama=llama, out=tmp_path, report=Silent())
+    again = tmp_path / convert.OUTPUT
+    assert again.read_bytes() == converted.read_bytes()
+    assert metrics["tokenizer_probes"] > 2 * len(convert.PROBES)
+    metadata = read_metadata(again)
+    assert metadata["general.name"] == NAME
+    assert not [key for key, value in metadata.items() if str(tmp_path) in str(value) or "mistral" in str(value)]
+    facts = read_facts(again)
+    assert (facts.eos_token, facts.bos_token, facts.pad_token) == ("<|im_end|>", "<|im_start|>", "<pad>")
+    assert facts.vocabulary_size == 520
+
+
+def test_a_tokenizer_that_comes_out_different_stops_the_run(llama: LlamaCpp, tmp_path: Path) -> None:
+    # Without its scores llama.cpp merges from left to right, and not in the order that was learned.
+    broken = make_tiny_checkpoint(tmp_path / "model")
+    (broken / "tokenizer.model").unlink()
+    with pytest.raises(errors.ModelError, match=r"tokenizer differs from the checkpoint's on (?s:.*)llama\.cpp: … \["):
+        convert.run(model=broken, name=NAME, llama=llama, out=tmp_path, report=Silent())
+
+
+def test_an_end_of_answer_that_llama_cpp_does_not_know_stops_the_run(
+    checkpoint: Path, llama: LlamaCpp, tmp_path: Path
+) -> None:
+    broken = shutil.copytree(checkpoint, tmp_path / "model")
+    (broken / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 300]}))
+    with pytest.raises(errors.ModelError, match="ends an answer at token 300"):
+        convert.run(model=broken, name=NAME, llama=llama, out=tmp_path, report=Silent())
+
+
+def test_a_weight_beyond_float16_stops_the_run(llama: LlamaCpp, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = make_tiny_checkpoint(tmp_path / "model", dtype="float32")
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = 1e6
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(errors.ModelError, match=r"cannot load it: .*invalid data"):
+        convert.run(model=model, name=NAME, llama=llama, out=tmp_path, report=Silent())
+
+
+def test_the_importance_matrix_is_the_same_each_time_and_special_tokens_are_read_as_such(
+    converted: Path, checkpoint: Path, rows: list[Row], matrix: Path, llama: LlamaCpp, tmp_path: Path
+) -> None:
+    again = make_matrix(converted, checkpoint, rows, llama, tmp_path)
+    assert again.read_bytes() == matrix.read_bytes()
+    assert str(tmp_path).encode() not in again.read_bytes()
+    text = (tmp_path / imatrix.TEXT).read_text(encoding="utf-8")
+    assert text.startswith("<|im_start|>user\nHow do I copy file 0")
+    with score.open_vocabulary(converted, llama=llama) as vocabulary:
+        assert vocabulary.encode(text, add_special=False)[: len(rows[0].token_ids)] == list(rows[0].token_ids)
+
+
+def test_a_wide_model_is_quantized_as_the_label_says_and_still_predicts_much_the_same(
+    checkpoint: Path, converted: Path, matrix: Path, rows: list[Row], llama: LlamaCpp, tmp_path: Path
+) -> None:
+    metrics = quantize.run(Quantize(), gguf=converted, imatrix=matrix, llama=llama, out=tmp_path, report=Silent())
+    record = json.loads((tmp_path / quantize.RECORD).read_text())
+    assert record == {key: metrics[key] for key in record}
+    assert record["fallbacks"] == []
+    assert set(record["tensor_types"]) == {"F32", "Q4_K", "Q6_K"}
+    assert 4.5 < record["bits_per_weight"] < 6.6
+    assert str(matrix.parent).encode() not in (tmp_path / quantize.OUTPUT).read_bytes()
+    expected = reference(checkpoint, rows)
+    loss = mean_kl(expected, list(score.answer_logprobs(tmp_path / quantize.OUTPUT, rows, llama=llama)))
+    assert 1e-4 < loss < 0.3
+
+
+def test_a_narrow_model_falls_back_and_every_tensor_that_did_is_named(
+    rows: list[Row], llama: LlamaCpp, tmp_path: Path
+) -> None:
+    model = make_tiny_checkpoint(tmp_path / "model", hidden=64)
+    convert.run(model=model, name=NAME, llama=llama, out=tmp_path, report=Silent())
+    made = make_matrix(tmp_path / convert.OUTPUT, model, rows, llama, tmp_path)
+    metrics = quantize.run(
+        Quantize(), gguf=tmp_path / convert.OUTPUT, imatrix=made, llama=llama, out=tmp_path, report=Silent()
+    )
+    facts = read_facts(tmp_path / quantize.OUTPUT)
+    assert facts.file_type == "Q4_K_M"
+    assert not {"Q4_K", "Q6_K"} & set(facts.tensor_types)
+    wide = {tensor.name for tensor in facts.tensors if len(tensor.shape) == 2}
+    assert {item["tensor"] for item in metrics["fallbacks"]} == wide
+
+
+def test_a_cut_input_leaves_nothing_that_looks_finished(
+    converted: Path, matrix: Path, llama: LlamaCpp, tmp_path: Path
+) -> None:
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(converted.read_bytes()[:-5000])
+    with pytest.raises(errors.ModelError, match=r"cut\.gguf: cut short"):
+        quantize.run(Quantize(), gguf=cut, imatrix=matrix, llama=llama, out=tmp_path, report=Silent())
+    assert not (tmp_path / quantize.OUTPUT).exists()
+
+
+def test_a_matrix_of_another_model_leaves_nothing_that_looks_finished(
+    converted: Path, checkpoint: Path, rows: list[Row], llama: LlamaCpp, tmp_path: Path
+) -> None:
+    other = make_tiny_checkpoint(tmp_path / "model", hidden=64)
+    (tmp_path / "other").mkdir()
+    convert.run(model=other, name=NAME, llama=llama, out=tmp_path / "other", report=Silent())
+    foreign = make_matrix(tmp_path / "other" / convert.OUTPUT, other, rows, llama, tmp_path)
+    with pytest.raises(errors.ExternalToolError, match="llama-quantize exited with"):
+        quantize.run(Quantize(), gguf=converted, imatrix=foreign, llama=llama, out=tmp_path, report=Silent())
+    assert not (tmp_path / quantize.OUTPUT).exists()
+    assert not (tmp_path / quantize.RECORD).exists()

@@ -1,0 +1,596 @@
+"""teacher → student → generate → capture → distill → merge on tiny real models."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.tiny import make_tiny_checkpoint
+from toolchain.data.rows import read_rows
+from toolchain.errors import ArtifactError, DataError, GateError, ModelError, RecipeError
+from toolchain.recipe import Capture, Data, Distill, Generate, Merge, Student, Teacher
+from toolchain.reporter import Silent
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.stages
+
+TEMPERATURE = 2.0
+QUESTIONS = [
+    f"What does the command {name} do?" for name in ("ls", "cp", "mv", "scp", "tail", "ss", "git", "find", "range")
+]
+TRAINING = Distill(
+    temperature=TEMPERATURE,
+    lora_rank=4,
+    lora_alpha=8.0,
+    learning_rate=1e-2,
+    epochs=4.0,
+    batch_size=2,
+    gradient_accumulation=2,
+    precision="float32",
+    checkpoint_every_steps=3,
+    log_every_steps=5,
+    lora_dropout=0.1,
+)
+
+
+class Lines(Silent):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _fresh(path: Path) -> Path:
+    path.mkdir(parents=True)
+    return path
+
+
+def _data(folder: Path) -> tuple[Path, Path]:
+    train, held_out = folder / "train.jsonl", folder / "held_out.jsonl"
+    rows = [{"question": text, "answer": f"It is number {at}."} for at, text in enumerate(QUESTIONS)]
+    train.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held_out.write_text(json.dumps({"question": "How do I delete a file?", "answer": "Use find."}) + "\n")
+    return train, held_out
+
+
+def _generate(made: dict[str, Path], out: Path, **settings: Any) -> dict[str, Any]:
+    from toolchain.teacher import generate
+
+    data = {name: settings.pop(name) for name in ("max_length", "too_long", "system") if name in settings}
+    return generate.run(
+        Generate(**{"max_new_tokens": 12, "truncated": "keep", "batch_size": 4, **settings}),
+        Data(train=made["train"], held_out=made["held_out"], **data),
+        seed=1,
+        teacher=made["teacher"],
+        train=made["train"],
+        held_out=made["held_out"],
+        out=out,
+        report=Silent(),
+    )
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A teacher of three layers, a student of two of them, rows, logits, an adapter and the base it is for."""
+    from toolchain.student import base, distill
+    from toolchain.teacher import capture
+
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("made")
+    train, held_out = _data(root)
+    made = {"root": root, "train": train, "held_out": held_out}
+    made["teacher"] = make_tiny_checkpoint(root / "teacher", layers=3)
+    base.prepare(Student(keep_layers=(0, 2)), model=made["teacher"], out=_fresh(root / "student"), report=Silent())
+    made["base"] = root / "student" / "checkpoint"
+    _generate(made, _fresh(root / "generate"))
+    made["rows"] = root / "generate" / "train.jsonl"
+    made["held_out_rows"] = root / "generate" / "held_out.jsonl"
+    made["logits"] = _fresh(root / "capture")
+    capture.run(
+        Capture(top_k=16, batch_tokens=128),
+        temperatures=(1.0, TEMPERATURE),
+        teacher=made["teacher"],
+        student=made["base"],
+        rows=made["rows"],
+        out=made["logits"],
+        report=Silent(),
+    )
+    _distill(made, _fresh(root / "distill"), TRAINING)
+    made["adapter"] = root / "distill" / "adapter"
+    assert distill.newest_whole(root / "distill" / "resume") is not None
+    return made
+
+
+def _distill(made: dict[str, Path], out: Path, settings: Distill, report: Silent | None = None) -> dict[str, Any]:
+    from toolchain.student import distill
+
+    return distill.run(
+        settings,
+        seed=3,
+        base=made["base"],
+        rows=made["rows"],
+        logits=made["logits"] if settings.kl_weight else None,
+        out=out,
+        report=report or Silent(),
+    )
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and "resume" not in path.relative_to(folder).parts
+    }
+
+
+# --- teacher
+
+
+def test_a_folder_is_checked_and_pointed_to(made: dict[str, Path], tmp_path: Path) -> None:
+    from toolchain.student import load
+    from toolchain.teacher import checkpoint
+
+    settings = Teacher(model=made["teacher"])
+    figures = checkpoint.prepare(settings, model=made["teacher"], out=tmp_path, report=Silent())
+    assert load.resolve(tmp_path) == made["teacher"].resolve()
+    assert [path.name for path in tmp_path.iterdir()] == ["reference.json"]
+    assert figures["parameters"] > 0
+
+
+def test_a_reference_to_a_folder_that_has_gone_is_an_error(tmp_path: Path) -> None:
+    from toolchain.student import load
+
+    load.write_reference(tmp_path, tmp_path / "gone")
+    with pytest.raises(ArtifactError, match="gone"):
+        load.resolve(tmp_path)
+
+
+def test_weights_only_as_pickle_are_refused(made: dict[str, Path], tmp_path: Path) -> None:
+    from toolchain.student import load
+
+    folder = tmp_path / "model"
+    shutil.copytree(made["teacher"], folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="pickle: loading one runs"):
+        load.validate(folder)
+
+
+@pytest.mark.parametrize("keep", [4, 100, -1])
+def test_a_cut_off_shard_is_refused(made: dict[str, Path], tmp_path: Path, keep: int) -> None:
+    from toolchain.student import load
+
+    folder = tmp_path / "model"
+    shutil.copytree(made["teacher"], folder)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ModelError, match=r"model\.safetensors: .*(bytes long|header)"):
+        load.validate(folder)
+
+
+def test_a_missing_template_is_refused(made: dict[str, Path], tmp_path: Path) -> None:
+    from toolchain.student import load
+
+    folder = tmp_path / "model"
+    shutil.copytree(made["teacher"], folder)
+    for path in folder.glob("*.jinja"):
+        path.unlink()
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="no chat template"):
+        load.validate(folder)
+
+
+def test_a_file_that_is_no_whole_gguf_is_refused(tmp_path: Path) -> None:
+    from toolchain.teacher import checkpoint
+
+    path = tmp_path / "cut.gguf"
+    for content in (b"", b"GGUF", b"GGUF\x03\0\0\0" + b"\0" * 8 + b"\x05" + b"\0" * 7, b"not a gguf file at all" * 9):
+        path.write_bytes(content)
+        with pytest.raises(ModelError, match=r"not a whole GGUF|without tensors"):
+            checkpoint.prepare(Teacher(model=path), model=path, out=tmp_path, report=Silent())
+    with pytest.raises(ModelError, match="SHA-256"):
+        checkpoint.prepare(Teacher(model=path, sha256="0" * 64), model=path, out=tmp_path, report=Silent())
+
+
+# --- student
+
+
+def test_kept_layers_give_the_same_logits_as_the_model_without_the_others(made: dict[str, Path]) -> None:
+    from toolchain.student import load
+
+    teacher, _ = load.load_model(made["teacher"], dtype=torch.float32, device="cpu")
+    student, _ = load.load_model(made["base"], dtype=torch.float32, device="cpu")
+    teacher.model.layers = torch.nn.ModuleList([teacher.model.layers[0], teacher.model.layers[2]])
+    ids = torch.arange(5, 25)[None]
+    with torch.inference_mode():
+        expected = teacher(ids, use_cache=False).logits
+        found = student(ids, use_cache=False).logits
+    assert student.config.num_hidden_layers == 2
+    assert torch.equal(found, expected)
+
+
+def test_a_layer_that_is_not_there_is_named_with_the_count(made: dict[str, Path], tmp_path: Path) -> None:
+    from toolchain.student import base
+
+    with pytest.raises(RecipeError, match=r"no layer 3: .* has 3, from 0 to 2"):
+        base.prepare(Student(keep_layers=(0, 3)), model=made["teacher"], out=tmp_path, report=Silent())
+
+
+# --- generate
+
+
+def test_batched_answers_are_those_of_one_question_at_a_time(made: dict[str, Path], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    out = _fresh(tmp_path / "float32")
+    _generate(made, out, batch_size=4)
+    model = AutoModelForCausalLM.from_pretrained(made["teacher"], dtype=_decoding_type()).eval()
+    agree = 0
+    rows = read_rows(out / "train.jsonl")
+    for row in rows:
+        with torch.inference_mode():
+            whole = model.generate(
+                torch.tensor([row.prompt_ids]),
+                attention_mask=torch.ones(1, len(row.prompt_ids), dtype=torch.long),
+                max_new_tokens=12,
+                do_sample=False,
+            )
+        agree += tuple(whole[0, len(row.prompt_ids) :].tolist()) == row.answer_ids
+    # Sixteen-bit sums depend on the shape of the batch, and a near-tie may fall the other way.
+    assert agree >= len(rows) - 2
+
+
+def _decoding_type() -> Any:
+    from toolchain.student import precision
+
+    return precision.decoding_type(torch.device("cpu"))
+
+
+def test_eos_ends_an_answer_exactly_when_it_stopped(made: dict[str, Path], tmp_path: Path) -> None:
+    _generate(made, tmp_path, sampling_temperature=5.0, max_new_tokens=200, max_length=512)
+    rows = read_rows(tmp_path / "train.jsonl")
+    assert {row.finish for row in rows} <= {"stop", "length"}
+    assert any(row.finish == "stop" for row in rows), "the test proves nothing without a row that stopped"
+    for row in rows:
+        assert (row.answer_ids[-1] == 2) == (row.finish == "stop")
+        assert 2 not in row.answer_ids[:-1]
+
+
+def test_a_resumed_generation_asks_only_what_is_missing_and_answers_the_same(
+    made: dict[str, Path], tmp_path: Path
+) -> None:
+    whole, cut = _fresh(tmp_path / "whole"), _fresh(tmp_path / "cut")
+    _generate(made, whole, sampling_temperature=1.0)
+    journal = (whole / "resume" / "answers.jsonl").read_bytes()
+    first = journal.index(b"\n") + 1
+    _fresh(cut / "resume")
+    (cut / "resume" / "answers.jsonl").write_bytes(journal[: first + 7])
+    metrics = _generate(made, cut, sampling_temperature=1.0)
+    assert metrics["rows_resumed"] == 4
+    assert _bytes(cut) == _bytes(whole)
+    assert (cut / "resume" / "answers.jsonl").read_bytes() == journal
+
+
+def test_answers_of_the_data_set_end_with_the_eos_of_their_turn(made: dict[str, Path], tmp_path: Path) -> None:
+    from toolchain.student import load
+
+    _generate(made, tmp_path, answers="dataset")
+    tokenizer = load.load_tokenizer(made["teacher"])
+    row = read_rows(tmp_path / "train.jsonl")[3]
+    assert row.answer == "It is number 3."
+    assert row.answer_ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(row.answer_ids[:-1]).strip() == row.answer
+    assert tokenizer.decode(row.prompt_ids).endswith("assistant\n")
+
+
+def test_a_row_that_is_too_long_is_named_or_dropped_and_counted(made: dict[str, Path], tmp_path: Path) -> None:
+    from toolchain.student import load
+    from toolchain.teacher.generate import render
+
+    tokenizer = load.load_tokenizer(made["teacher"])
+    rows = read_rows(made["rows"])
+    assert all(render(tokenizer, row.messages, where=row.id) == row.prompt_ids for row in rows)
+    longest = sorted(len(row.prompt_ids) for row in rows)[len(rows) // 2] + 12
+    with pytest.raises(DataError, match=r"row \d+: the question alone has \d+ tokens; data.max_length is 16"):
+        _generate(made, _fresh(tmp_path / "error"), answers="dataset", max_length=16)
+    with pytest.raises(DataError, match="none of 9 rows is left"):
+        _generate(made, _fresh(tmp_path / "none"), answers="dataset", max_length=16, too_long="drop")
+    metrics = _generate(made, _fresh(tmp_path / "drop"), max_length=longest, too_long="drop")
+    kept = read_rows(tmp_path / "drop" / "train.jsonl")
+    assert 0 < len(kept) < 9
+    assert all(len(row.token_ids) <= longest for row in kept)
+    assert metrics["dropped"]["train_too_long"] == 9 - len(kept)
+
+
+def test_truncated_answers_are_dropped_and_counted(made: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match='"train_truncated": 9'):
+        _generate(made, tmp_path, truncated="drop", max_new_tokens=1)
+
+
+# --- capture
+
+
+def test_the_cache_holds_the_teachers_probabilities(made: dict[str, Path]) -> None:
+    from toolchain.student import load
+    from toolchain.teacher.logit_cache import Reader
+
+    model, _ = load.load_model(made["teacher"], dtype=torch.float32, device="cpu")
+    reader = Reader(made["logits"])
+    for row in read_rows(made["rows"]):
+        with torch.inference_mode():
+            logits = model(torch.tensor([row.token_ids])).logits[0, len(row.prompt_ids) - 1 : -1].double()
+        for temperature in (1.0, TEMPERATURE):
+            ids, logprobs = reader.at_temperature(row, temperature)
+            expected = (logits / temperature).log_softmax(-1).gather(-1, torch.from_numpy(ids)).numpy()
+            filled = np.isfinite(logprobs)
+            assert np.abs(logprobs - expected)[filled].max() < 4e-3  # half a step of float16 between 4 and 8
+            kept = np.where(filled, np.exp(logprobs.astype(np.float64)), 0).sum(-1)
+            true = np.where(filled, np.exp(expected), 0).sum(-1)
+            assert np.abs(kept - true).max() < 1e-5
+
+
+def test_a_capture_that_was_killed_goes_on_and_gives_the_same_files(
+    made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from toolchain.teacher import capture
+    from toolchain.teacher.logit_cache import Writer
+
+    monkeypatch.setattr(capture, "SHARD_TOKENS", 30)
+    options: dict[str, Any] = {
+        "temperatures": (TEMPERATURE,),
+        "teacher": made["teacher"],
+        "student": made["base"],
+        "rows": made["rows"],
+        "report": Silent(),
+    }
+    whole, cut = _fresh(tmp_path / "whole"), _fresh(tmp_path / "cut")
+    settings = Capture(top_k=8, batch_tokens=100)
+    capture.run(settings, out=whole, **options)
+    write = Writer.write
+
+    def dies(self: Writer, shard: int, rows: Any) -> None:
+        if shard == 2:
+            raise KeyboardInterrupt
+        write(self, shard, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "write", dies)
+        with pytest.raises(KeyboardInterrupt):
+            capture.run(settings, out=cut, **options)
+    (cut / "resume" / "shard-00001.safetensors").write_bytes(b"half")
+    metrics = capture.run(settings, out=cut, **options)
+    assert 0 < metrics["rows_resumed"] < 9
+    assert len(list(whole.glob("shard-*.safetensors"))) >= 3
+    assert _bytes(cut) == _bytes(whole)
+
+
+def test_logits_that_are_not_finite_name_the_row(made: dict[str, Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from toolchain.teacher import capture
+
+    folder = tmp_path / "teacher"
+    shutil.copytree(made["teacher"], folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], float("nan"))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"logits for row row-\d+ are not finite"):
+        capture.run(
+            Capture(),
+            temperatures=(1.0,),
+            teacher=folder,
+            student=made["base"],
+            rows=made["rows"],
+            out=_fresh(tmp_path / "out"),
+            report=Silent(),
+        )
+
+
+# --- distill
+
+
+def test_training_lowers_the_loss_and_says_so(made: dict[str, Path]) -> None:
+    log = [json.loads(line) for line in (made["root"] / "distill" / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log] == list(range(1, len(log) + 1))
+    assert len(log) == 10  # 5 batches an epoch, 4 epochs, 2 batches a step
+    assert log[-1]["kl"] < log[0]["kl"]
+    assert log[0]["loss"] == pytest.approx(0.5 * log[0]["ce"] + 0.5 * TEMPERATURE**2 * log[0]["kl"], rel=1e-5)
+    rows = read_rows(made["rows"])
+    assert sum(entry["tokens"] for entry in log) == 4 * sum(len(row.answer_ids) for row in rows)
+    config = (made["adapter"] / "adapter_config.json").read_text()
+    assert str(made["root"]) not in config
+    assert sorted(path.name for path in made["adapter"].iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
+def test_a_run_resumed_from_a_checkpoint_ends_with_the_same_bytes(made: dict[str, Path], tmp_path: Path) -> None:
+    done = made["root"] / "distill"
+    newest = max((done / "resume").glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+    shutil.copytree(done / "resume", tmp_path / "resume")
+    shutil.rmtree(tmp_path / "resume" / newest.name)
+    # A checkpoint that a kill left half written: newer, and without the mark.
+    half = tmp_path / "resume" / "checkpoint-10"
+    half.mkdir(exist_ok=True)
+    (half / "adapter_model.safetensors").write_bytes(b"half")
+    lines = Lines()
+    metrics = _distill(made, tmp_path, TRAINING, lines)
+    assert metrics["steps_resumed"] == 9
+    assert _bytes(tmp_path) == _bytes(done)
+    assert any(line.startswith("step 10/10  loss ") for line in lines.lines)
+
+
+_KILLED = """
+import sys, json, torch
+from pathlib import Path
+torch.set_num_threads(1)
+from toolchain.recipe import Distill
+from toolchain.reporter import Silent
+from toolchain.student import distill
+base, rows, logits, out, settings = sys.argv[1:]
+distill.run(Distill.model_validate_json(settings), seed=3, base=Path(base), rows=Path(rows), logits=Path(logits),
+            out=Path(out), report=Silent())
+"""
+
+
+def test_a_run_killed_by_sigkill_and_started_again_ends_with_the_same_bytes(
+    made: dict[str, Path], tmp_path: Path
+) -> None:
+    argv = [sys.executable, "-c", _KILLED, str(made["base"]), str(made["rows"]), str(made["logits"]), str(tmp_path)]
+    child = subprocess.Popen([*argv, TRAINING.model_dump_json()], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    limit = time.monotonic() + 120
+    while not list(tmp_path.glob("resume/checkpoint-*/whole")):
+        assert child.poll() is None, "the child ended before it could be killed"
+        assert time.monotonic() < limit
+        time.sleep(0.005)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    assert not (tmp_path / "adapter").exists()
+    metrics = _distill(made, tmp_path, TRAINING)
+    assert metrics["steps_resumed"] >= 3
+    assert _bytes(tmp_path) == _bytes(made["root"] / "distill")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_saved(
+    made: dict[str, Path], tmp_path: Path
+) -> None:
+    settings = TRAINING.model_copy(update={"learning_rate": 1e30, "warmup_share": 0.0, "checkpoint_every_steps": 100})
+    with pytest.raises(ModelError, match=r"at step \d+"):
+        _distill(made, tmp_path, settings)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_without_kl_no_logits_are_needed(made: dict[str, Path], tmp_path: Path) -> None:
+    metrics = _distill(made, tmp_path, TRAINING.model_copy(update={"kl_weight": 0.0, "epochs": 1.0}))
+    assert metrics["last"]["kl"] == 0.0
+    assert metrics["last"]["ce"] > 0
+
+
+def test_gradient_checkpointing_gives_the_same_first_loss(made: dict[str, Path], tmp_path: Path) -> None:
+    short = TRAINING.model_copy(update={"epochs": 1.0, "lora_dropout": 0.0})
+    plain = _distill(made, _fresh(tmp_path / "plain"), short)
+    again = _distill(made, _fresh(tmp_path / "checkpointed"), short.model_copy(update={"gradient_checkpointing": True}))
+    assert again["last"]["loss"] == pytest.approx(plain["last"]["loss"], rel=1e-4)
+
+
+def test_a_batch_counts_the_same_whole_or_accumulated(made: dict[str, Path], tmp_path: Path) -> None:
+    short = TRAINING.model_copy(update={"epochs": 1.0, "lora_dropout": 0.0, "batch_size": 9})
+    whole = short.model_copy(update={"gradient_accumulation": 1})
+    parts = short.model_copy(update={"batch_size": 2, "gradient_accumulation": 5})
+    one = _distill(made, _fresh(tmp_path / "one"), whole)
+    five = _distill(made, _fresh(tmp_path / "five"), parts)
+    assert one["steps"] == five["steps"] == 1
+    assert five["first"]["loss"] == pytest.approx(one["first"]["loss"], rel=1e-5)
+    logs = [json.loads((tmp_path / name / "log.jsonl").read_text()) for name in ("one", "five")]
+    assert logs[1]["grad_norm"] == pytest.approx(logs[0]["grad_norm"], rel=1e-4)
+
+
+def test_logits_for_another_temperature_are_refused(made: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"captured for temperatures \[1.0, 2.0\], not 3.0"):
+        _distill(made, tmp_path, TRAINING.model_copy(update={"temperature": 3.0}))
+
+
+def test_a_lora_target_that_is_not_there_is_named(made: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no layer 'query'"):
+        _distill(made, tmp_path, TRAINING.model_copy(update={"lora_targets": ("q_proj", "query")}))
+
+
+# --- merge
+
+
+def _merge(made: dict[str, Path], out: Path, settings: Merge | None = None, **other: Path) -> dict[str, Any]:
+    from toolchain.student import merge
+
+    inputs = {"base": made["base"], "adapter": made["adapter"], "held_out": made["held_out_rows"], **other}
+    return merge.run(settings or Merge(), **inputs, out=out, report=Silent())
+
+
+def test_merged_model_and_adapter_give_the_same_logits(made: dict[str, Path], tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    from toolchain.student import load
+
+    figures = _merge(made, tmp_path)
+    assert 0 <= figures["mean_kl"] < 1e-5
+    assert figures["top1_agreement"] == 1.0
+    base, _ = load.load_model(made["base"], dtype=torch.float32, device="cpu")
+    merged, _ = load.load_model(tmp_path / "checkpoint", dtype=torch.float32, device="cpu")
+    rows = read_rows(made["held_out_rows"])
+    plain = next(load.answer_logprobs(base, rows, batch_tokens=512)).copy()
+    adapted = PeftModel.from_pretrained(base, made["adapter"]).eval()
+    expected = next(load.answer_logprobs(adapted, rows, batch_tokens=512))
+    found = next(load.answer_logprobs(merged, rows, batch_tokens=512))
+    assert np.abs(found - expected).max() < 2e-2
+    assert np.abs(plain - expected).max() > 0.2, "the adapter changes nothing: the test proves nothing"
+
+
+def test_tokenizer_template_and_special_tokens_survive_the_merge(made: dict[str, Path], tmp_path: Path) -> None:
+    _merge(made, tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "checkpoint" / name).read_bytes() == (made["base"] / name).read_bytes()
+    config = json.loads((tmp_path / "checkpoint" / "config.json").read_text())
+    assert config["eos_token_id"] == 2
+    assert config["dtype"] == "float16"
+
+
+def test_a_merged_checkpoint_is_not_merged_onto_again(made: dict[str, Path], tmp_path: Path) -> None:
+    _merge(made, _fresh(tmp_path / "once"))
+    with pytest.raises(ModelError, match="already a merged checkpoint"):
+        _merge(made, _fresh(tmp_path / "twice"), base=tmp_path / "once" / "checkpoint")
+
+
+@pytest.mark.parametrize("shape", [{"layers": 3}, {"layers": 1}, {"layers": 2, "hidden": 128}])
+def test_an_adapter_for_another_base_is_refused(made: dict[str, Path], tmp_path: Path, shape: dict[str, int]) -> None:
+    other = make_tiny_checkpoint(tmp_path / "other", **shape)  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match="not an adapter for"):
+        _merge(made, _fresh(tmp_path / "out"), base=other)
+
+
+def test_a_weight_too_large_for_float16_is_named(made: dict[str, Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "adapter"
+    shutil.copytree(made["adapter"], folder)
+    weights = load_file(folder / "adapter_model.safetensors")
+    name = next(name for name in weights if "lora_B" in name and "layers.1" in name)
+    weights[name] = weights[name] + 1e7
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"layers\.1.* does not fit in float16"):
+        _merge(made, _fresh(tmp_path / "out"), adapter=folder)
+
+
+def test_a_merge_that_loses_too_much_fails_its_gate(made: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(GateError, match="mean KL"):
+        _merge(made, tmp_path, Merge(max_kl=1e-15))
+
+
+# --- scores
+
+
+def test_scores_do_not_depend_on_how_rows_are_batched(made: dict[str, Path]) -> None:
+    from toolchain.student import load
+
+    model, _ = load.load_model(made["base"], dtype=torch.float32, device="cpu")
+    rows = read_rows(made["rows"])
+    alone = list(load.answer_logprobs(model, rows, batch_tokens=1))
+    together = list(load.answer_logprobs(model, rows, batch_tokens=4096))
+    for row, one, many in zip(rows, alone, together, strict=True):
+        assert one.shape == (len(row.answer_ids), model.config.vocab_size)
+        assert one.dtype == np.float32
+        assert np.abs(one - many).max() < 1e-4

@@ -1,0 +1,285 @@
+"""GGUF + runtime → a bundle's folder: everything that a device needs, every file hashed, the same bytes each time."""
+
+import importlib.metadata
+import json
+import os
+import shutil
+import stat
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from toolchain.bundle import command
+from toolchain.device import files as layout
+from toolchain.errors import DataError, ModelError
+from toolchain.recipe import Name
+from toolchain.reporter import Reporter, bar
+from toolchain.resources import resource
+from toolchain.settings import Settings
+from toolchain.target import TargetProfile
+
+if TYPE_CHECKING:
+    from toolchain.gguf.header import GgufFacts
+    from toolchain.gguf.llama_cpp import LlamaCpp
+
+_DEVICE = Path(layout.__file__).parent
+_ENTRY = "edgectl.py"
+_PROGRAM_MODE, _FILE_MODE = 0o755, 0o644
+_GCC_NOTE = """libstdc++.so.6 and libgcc_s.so.1 are parts of the GNU Compiler Collection, copied without change but for
+debugging symbols. They are under the GNU General Public License, version 3, with the GCC Runtime Library Exception,
+version 3.1: programs that use them may be conveyed under terms of one's choice.
+Source: https://gcc.gnu.org/ — licence texts: https://www.gnu.org/licenses/gpl-3.0.txt and
+https://www.gnu.org/licenses/gcc-exception-3.1.html
+"""
+
+
+class BundleSettings(Settings):
+    """What the bundle is called, and how much context it serves."""
+
+    name: Name
+    version: str = Field(pattern=r"^[0-9A-Za-z][0-9A-Za-z.+-]{0,31}$")
+    context: int = Field(ge=128)
+    """Tokens, of all slots together."""
+
+
+def run(
+    settings: BundleSettings,
+    *,
+    target: TargetProfile,
+    gguf: Path,
+    quantize_facts: dict[str, Any],
+    ledger: dict[str, Any] | None,
+    golden: list[dict[str, Any]],
+    lineage: dict[str, str],
+    llama: "LlamaCpp",
+    out: Path,
+    report: Reporter,
+) -> dict[str, Any]:
+    """Make out/<name>-<version>-<target>/ and return its facts.
+
+    `quantize_facts` and `ledger` go into the manifest as they are, so they must hold no times and no paths;
+    `quantize_facts["fallbacks"]`, where there is one, lists tensors that got another type than asked for. `golden` is
+    a list of {"messages", "prompt_ids"}. Raises ModelError, DataError, HostError, ExternalToolError.
+    """
+    from toolchain.bundle import runtime
+    from toolchain.gguf.header import read_facts
+
+    facts = read_facts(gguf)
+    _check_model(facts, gguf, settings, target)
+    _check_golden(golden, settings, target)
+    folder = out / f"{settings.name}-{settings.version}-{target.name}"
+    folder.mkdir()
+    model = f"model/{settings.name}-{facts.file_type}.gguf"
+    with bar(report, "bundle", total=4, unit="step") as task:
+        programs = runtime.collect(llama, target, folder / command.PROGRAMS)
+        task.advance()
+        _place(gguf, folder / model)
+        task.advance()
+        presets = command.presets(target, model=model, alias=settings.name, context=settings.context)
+        _write_json(folder / layout.PRESETS, presets)
+        _write_json(folder / layout.GOLDEN, golden)
+        _copy_device(folder)
+        _write_licences(folder / "LICENSES", llama)
+        description: dict[str, Any] = {
+            "schema_version": layout.SCHEMA_VERSION,
+            "name": settings.name,
+            "version": settings.version,
+            "target": {"name": target.name, "description": target.description, "arch": target.arch},
+            "runtime": {
+                "folder": command.PROGRAMS,
+                "llama_cpp_commit": llama.commit,
+                "flags": list(llama.flags),
+                "backend": target.runtime.backend,
+                "glibc_floor": target.runtime.glibc_floor,
+                **asdict(programs),
+            },
+            "model": _model_facts(facts, folder, model, settings, target, quantize_facts),
+            "lineage": dict(sorted(lineage.items())),
+            "quality": ledger,
+        }
+        _write(folder / "MODEL_CARD.md", _card(description))
+        task.advance()
+        manifest: dict[str, Any] = {**description, "files": _hashed(folder)}
+        manifest["bundle_id"] = layout.bundle_id(manifest)
+        _write_json(folder / layout.MANIFEST, manifest)
+        _write(folder / layout.SUMS, layout.sums_text(folder, manifest))
+        task.advance()
+    total_bytes = sum(int(entry["bytes"]) for entry in manifest["files"].values())
+    report.line(f"{folder.name}: {total_bytes / 2**20:.1f} MiB, {manifest['bundle_id'][:19]}…")
+    return {
+        "folder": folder.name,
+        "bundle_id": manifest["bundle_id"],
+        "bytes": total_bytes,
+        "model_bytes": facts.file_bytes,
+        "runtime_bytes": programs.bytes,
+        "glibc_needed": programs.glibc_needed,
+        "segment_alignment": programs.segment_alignment,
+        "bits_per_weight": facts.bits_per_weight,
+        "files": len(manifest["files"]),
+    }
+
+
+def _check_model(facts: "GgufFacts", gguf: Path, settings: BundleSettings, target: TargetProfile) -> None:
+    """What a chat server cannot do without."""
+    if facts.chat_template is None:
+        raise ModelError(f"{gguf}: no chat template in it", hint="the student's tokenizer must have one")
+    if facts.eos_id is None or facts.eos_token is None:
+        raise ModelError(f"{gguf}: no eos token in it: answers would not end")
+    if facts.context_length is not None and settings.context > facts.context_length * target.server.parallel:
+        raise ModelError(
+            f"{gguf}: the model was made for {facts.context_length} tokens, {settings.context} are asked for",
+            hint="lower bundle.context",
+        )
+
+
+def _check_golden(golden: list[dict[str, Any]], settings: BundleSettings, target: TargetProfile) -> None:
+    if not golden:
+        raise DataError("no golden prompts: the bundle could not be checked on the device")
+    room = settings.context // target.server.parallel
+    for number, prompt in enumerate(golden):
+        if len(prompt["prompt_ids"]) >= room:
+            raise DataError(
+                f"golden prompt {number} has {len(prompt['prompt_ids'])} tokens, a slot of the server holds {room}",
+                hint="raise bundle.context",
+            )
+
+
+def _model_facts(
+    facts: "GgufFacts",
+    folder: Path,
+    model: str,
+    settings: BundleSettings,
+    target: TargetProfile,
+    quantize_facts: dict[str, Any],
+) -> dict[str, Any]:
+    return {
+        "file": model,
+        "sha256": layout.sha256(folder / model),
+        "bytes": facts.file_bytes,
+        "architecture": facts.architecture,
+        "parameters": facts.parameters,
+        "file_type": facts.file_type,
+        "bits_per_weight": facts.bits_per_weight,
+        "tensor_types": facts.tensor_types,
+        "quantize": quantize_facts,
+        "context": settings.context,
+        "context_trained": facts.context_length,
+        "parallel": target.server.parallel,
+        "chat_template_sha256": facts.chat_template_sha256,
+        "bos": None if facts.bos_id is None else {"id": facts.bos_id, "text": facts.bos_token},
+        "eos": {"id": facts.eos_id, "text": facts.eos_token},
+    }
+
+
+def _place(source: Path, target: Path) -> None:
+    """The model, without a second copy where the file system can share it."""
+    target.parent.mkdir(parents=True)
+    source = source.resolve()
+    if stat.S_IMODE(source.stat().st_mode) == _FILE_MODE:
+        try:
+            os.link(source, target)
+        except OSError:
+            pass  # another file system, or one without links: copied below
+        else:
+            return
+    shutil.copyfile(source, target)
+    target.chmod(_FILE_MODE)
+
+
+def _copy_device(folder: Path) -> None:
+    """edgectl and the package it calls."""
+    for source in sorted(_DEVICE.glob("*.py")):
+        entry = source.name == _ENTRY
+        destination = folder / "edgectl" if entry else folder / "device" / source.name
+        _write(destination, source.read_text(encoding="utf-8"), _PROGRAM_MODE if entry else _FILE_MODE)
+
+
+def _write_licences(folder: Path, llama: "LlamaCpp") -> None:
+    _write(folder / "llama.cpp.txt", llama.licence.read_text(encoding="utf-8"))
+    for source in sorted((llama.licence.parent / "licenses").glob("LICENSE-*")):
+        _write(folder / f"llama.cpp-{source.name.removeprefix('LICENSE-')}.txt", source.read_text(encoding="utf-8"))
+    _write(folder / "gcc-runtime.txt", _GCC_NOTE)
+    own = _own_licence()
+    if own is not None:
+        _write(folder / "toolchain.txt", own)
+
+
+def _own_licence() -> str | None:
+    """Ours: at the top of a checkout, or in the metadata of an installed package."""
+    path = resource("LICENSE")
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    try:
+        found = importlib.metadata.files("toolchain") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return next((file.read_text("utf-8") for file in found if file.name == "LICENSE"), None)
+
+
+def _card(description: dict[str, Any]) -> str:
+    """MODEL_CARD.md, from what the manifest says."""
+    model, runtime, target = description["model"], description["runtime"], description["target"]
+    rows = [
+        ("Made for", f"{target['description']} ({target['arch']}, glibc {runtime['glibc_needed']} or newer)"),
+        ("Architecture", model["architecture"]),
+        ("Parameters", f"{model['parameters']:,}"),
+        ("File type", f"{model['file_type']}, {model['bits_per_weight']:.2f} bits per weight in fact"),
+        ("Tensors", ", ".join(f"{count} × {kind}" for kind, count in model["tensor_types"].items())),
+        ("Size", f"{model['bytes'] / 2**20:.1f} MiB"),
+        ("Context", f"{model['context']} tokens, trained for {model['context_trained']}"),
+        ("Ends at", f"`{model['eos']['text']}` (id {model['eos']['id']})"),
+        ("llama.cpp", f"`{runtime['llama_cpp_commit']}`, {runtime['backend']}"),
+    ]
+    lines = [
+        f"# {description['name']} {description['version']}",
+        "",
+        "A student model distilled from a larger teacher, quantized and packed with the server that runs it.",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in rows),
+    ]
+    fallbacks = model["quantize"].get("fallbacks")
+    if fallbacks:
+        lines += ["", f"{len(fallbacks)} tensors could not have the type asked for; manifest.json names what they got."]
+    lines += ["", "## Use", "", "    ./edgectl verify", "    ./edgectl smoke", "    ./edgectl serve --port 8080", ""]
+    lines += ["Then `http://127.0.0.1:8080/v1` speaks the OpenAI API. Needs Python 3.10 or newer and no packages."]
+    lines += ["", "## Made from", ""]
+    lines += [f"- {name}: `{digest}`" for name, digest in description["lineage"].items()] or ["Nothing recorded."]
+    lines += ["", "## What was lost on the way", ""]
+    if description["quality"] is None:
+        lines += ["Not evaluated."]
+    else:
+        lines += ["```json", json.dumps(description["quality"], indent=2, sort_keys=True, ensure_ascii=False), "```"]
+    lines += [
+        "",
+        "## Licences",
+        "",
+        "Programs: `LICENSES/`. The model is under the licence of the student it came from.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _hashed(folder: Path) -> dict[str, dict[str, Any]]:
+    """Every file so far: digest, size, mode."""
+    return {
+        path.relative_to(folder).as_posix(): {
+            "sha256": layout.sha256(path),
+            "bytes": path.stat().st_size,
+            "mode": f"{stat.S_IMODE(path.stat().st_mode):04o}",
+        }
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def _write(path: Path, text: str, mode: int = _FILE_MODE) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    path.chmod(mode)
+
+
+def _write_json(path: Path, content: object) -> None:
+    _write(path, json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")

@@ -1,0 +1,70 @@
+"""TargetProfile → command lines of llama-server and llama-bench on the device. Pure: placeholders, no paths.
+
+The result is written to the bundle's presets.json; device/serve.py fills in {bundle}, {host}, {port}, {threads} and
+{api_key_file}, and device/bench.py the counts.
+"""
+
+from typing import Any
+
+from toolchain.target import TargetProfile
+
+PROGRAMS = "runtime/bin"
+"""Folder of programs, libraries and backends in a bundle: one, since ggml looks for backends beside the program."""
+
+
+def server_argv(target: TargetProfile, *, model: str, alias: str, context: int) -> list[str]:
+    """llama-server for one model. `model` is its path inside the bundle, `context` the tokens of all slots together."""
+    return [
+        f"{{bundle}}/{PROGRAMS}/llama-server",
+        *("--model", f"{{bundle}}/{model}"),
+        *("--alias", alias),
+        *("--host", "{host}"),
+        *("--port", "{port}"),
+        *("--threads", "{threads}"),
+        *("--threads-batch", "{threads}"),
+        *("--ctx-size", str(context)),
+        *("--parallel", str(target.server.parallel)),
+        *("--cache-ram", str(target.server.cache_ram_mib)),
+        # What is not given would be shrunk to fit the memory; a bundle that does not fit must say so.
+        *("--fit", "off"),
+        # A web page that is open on the device has no business with the model.
+        *("--cors-origins", "localhost"),
+        *("--log-colors", "off"),
+        "--jinja",
+        "--no-ui",
+        "--no-slots",  # it would show one client's prompt to another
+        "--metrics",
+        "--offline",
+    ]
+
+
+def api_key_argv() -> list[str]:
+    """What is added when there is a key."""
+    return ["--api-key-file", "{api_key_file}"]
+
+
+def bench_argv(*, model: str) -> list[str]:
+    """llama-bench: JSON on stdout, prefill and decode apart."""
+    return [
+        f"{{bundle}}/{PROGRAMS}/llama-bench",
+        *("--model", f"{{bundle}}/{model}"),
+        *("--threads", "{threads}"),
+        *("--n-prompt", "{prompt_tokens}"),
+        *("--n-gen", "{generated_tokens}"),
+        *("--repetitions", "{repetitions}"),
+        *("--output", "json"),
+    ]
+
+
+def presets(target: TargetProfile, *, model: str, alias: str, context: int) -> dict[str, Any]:
+    """Content of presets.json. `threads` null: the physical cores that edgectl may use."""
+    return {
+        "schema_version": 1,
+        "server": {
+            "argv": server_argv(target, model=model, alias=alias, context=context),
+            "api_key_argv": api_key_argv(),
+            "threads": target.server.threads,
+            "ready_timeout_s": target.server.ready_timeout_s,
+        },
+        "bench": {"argv": bench_argv(model=model)},
+    }

@@ -1,0 +1,199 @@
+"""From a build of llama.cpp to the programs and libraries that a device needs, inspected: nothing but glibc is missing.
+
+glibc's symbol versions and the ELF fields are described in the System V ABI and the Linux Standard Base.
+"""
+
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from elftools.common.exceptions import ELFError
+from elftools.elf.dynamic import DynamicSection
+from elftools.elf.elffile import ELFFile
+from elftools.elf.gnuversions import GNUVerNeedSection, GNUVerSymSection
+
+from toolchain.errors import ExternalToolError, HostError
+from toolchain.gguf.llama_cpp import LlamaCpp
+from toolchain.target import TargetProfile
+
+PROGRAMS = ("llama-server", "llama-bench")
+COMPILER_LIBRARIES = ("libstdc++.so.6", "libgcc_s.so.1")
+"""Taken along from the build host: an older device may have older ones, or none."""
+_GLIBC = {"libc.so.6", "libm.so.6", "libdl.so.2", "libpthread.so.0", "librt.so.1"}
+_LOADERS = ("ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1")
+_MACHINE = {"EM_X86_64": "x86_64", "EM_AARCH64": "aarch64"}
+
+
+@dataclass(frozen=True)
+class Elf:
+    """What one program or library asks of the machine it runs on."""
+
+    arch: str
+    needed: tuple[str, ...]
+    soname: str | None
+    search: tuple[str, ...]
+    """RPATH and RUNPATH, split; an empty entry would be the working directory."""
+    glibc: tuple[int, ...]
+    """Newest GLIBC_ version among its undefined symbols; empty when there is none."""
+    glibc_symbol: str
+    """A symbol of that version."""
+    alignment: int
+    """Least alignment of its loadable segments, in bytes: the largest page size it can be mapped with."""
+
+
+@dataclass(frozen=True)
+class RuntimeFacts:
+    """What was copied, measured."""
+
+    files: tuple[str, ...]
+    glibc_needed: str
+    segment_alignment: int
+    bytes: int
+
+
+def read_elf(path: Path) -> Elf:
+    """Facts of the ELF file at `path`. Raises ExternalToolError when it is not one."""
+    try:
+        with path.open("rb") as file:
+            elf = ELFFile(file)
+            needed: list[str] = []
+            search: list[str] = []
+            soname: str | None = None
+            for section in elf.iter_sections():
+                if isinstance(section, DynamicSection):
+                    for tag in section.iter_tags():
+                        if tag.entry.d_tag == "DT_NEEDED":
+                            needed.append(str(tag.needed))
+                        elif tag.entry.d_tag == "DT_SONAME":
+                            soname = str(tag.soname)
+                        elif tag.entry.d_tag in ("DT_RPATH", "DT_RUNPATH"):
+                            text = tag.rpath if tag.entry.d_tag == "DT_RPATH" else tag.runpath
+                            search += str(text).split(":")
+            glibc, symbol = _newest_glibc(elf)
+            loads = [int(segment["p_align"]) for segment in elf.iter_segments() if segment["p_type"] == "PT_LOAD"]
+            machine = str(elf["e_machine"])
+            return Elf(
+                arch=_MACHINE.get(machine, machine),
+                needed=tuple(needed),
+                soname=soname,
+                search=tuple(search),
+                glibc=glibc,
+                glibc_symbol=symbol,
+                alignment=min(loads, default=0),
+            )
+    except ELFError as error:
+        raise ExternalToolError(f"{path}: not a program or library: {error}") from None
+    except OSError as error:
+        raise ExternalToolError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _newest_glibc(elf: ELFFile) -> tuple[tuple[int, ...], str]:
+    """Newest GLIBC_x.y that is needed, and the first symbol that needs it."""
+    version_of: dict[int, tuple[int, ...]] = {}
+    for section in elf.iter_sections():
+        if isinstance(section, GNUVerNeedSection):
+            for _, auxiliaries in section.iter_versions():
+                for auxiliary in auxiliaries:
+                    name = str(auxiliary.name)
+                    if name.startswith("GLIBC_") and name[6:7].isdigit():
+                        index = int(auxiliary["vna_other"])
+                        version_of[index] = tuple(int(part) for part in name[6:].split("."))
+    newest = max(version_of.values(), default=())
+    symbols = elf.get_section_by_name(".dynsym")
+    for section in elf.iter_sections():
+        if isinstance(section, GNUVerSymSection) and symbols is not None:
+            for number in range(section.num_symbols()):
+                index = section.get_symbol(number)["ndx"]
+                if isinstance(index, int) and version_of.get(index & 0x7FFF) == newest:
+                    return newest, str(symbols.get_symbol(number).name)
+    return newest, "?"
+
+
+def collect(llama: LlamaCpp, target: TargetProfile, out: Path) -> RuntimeFacts:
+    """Copy the programs and what they need into `out`, and inspect them.
+
+    Raises HostError and ExternalToolError, naming the file, when the result could not run on the target.
+    """
+    out.mkdir(parents=True)
+    for name, source in _closure(llama.bin, target).items():
+        shutil.copyfile(source, out / name)
+        (out / name).chmod(0o755 if name in PROGRAMS else 0o644)
+    elves = {path.name: read_elf(path) for path in sorted(out.iterdir())}
+    for name, elf in elves.items():
+        _check(name, elf, target, set(elves))
+    newest = max(elf.glibc for elf in elves.values())
+    return RuntimeFacts(
+        files=tuple(elves),
+        glibc_needed=".".join(str(part) for part in newest),
+        segment_alignment=min(elf.alignment for elf in elves.values()),
+        bytes=sum(path.stat().st_size for path in out.iterdir()),
+    )
+
+
+def _closure(folder: Path, target: TargetProfile) -> dict[str, Path]:
+    """Name in the bundle → file: the programs, ggml's backends (loaded by name at start) and all that they need."""
+    found: dict[str, Path] = {}
+    waiting = [*PROGRAMS, *sorted(path.name for path in folder.glob("libggml-*.so") if _is_backend(path))]
+    while waiting:
+        name = waiting.pop()
+        if name in found or name in _GLIBC or name in _LOADERS:
+            continue
+        path = folder / name
+        if not path.is_file() and name in COMPILER_LIBRARIES:
+            path = _compiler_library(name, target)
+        if not path.is_file():
+            raise HostError(
+                f"{name} is not in {folder}, and the programs need it",
+                hint="a bundle may need no library but glibc's own: build llama.cpp without it",
+            )
+        found[name] = path
+        waiting += read_elf(path).needed
+    return dict(sorted(found.items()))
+
+
+def _is_backend(path: Path) -> bool:
+    """Backends carry no version in their names; of the others, the ones that are needed are found through NEEDED."""
+    return path.name != "libggml-base.so"
+
+
+def _compiler_library(name: str, target: TargetProfile) -> Path:
+    """The compiler's own copy for the target. Raises HostError."""
+    compiler = shutil.which(f"{target.arch}-linux-gnu-gcc") or shutil.which("gcc") or shutil.which("cc")
+    if compiler is not None:
+        result = subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=False)
+        path = Path(result.stdout.strip())
+        if path.is_absolute() and path.is_file():
+            return path.resolve()
+    for folder in (f"/usr/lib/{target.arch}-linux-gnu", f"/usr/{target.arch}-linux-gnu/lib", "/usr/lib64", "/usr/lib"):
+        path = Path(folder, name)
+        if path.is_file():
+            return path.resolve()
+    raise HostError(
+        f"no {name} for {target.arch} on this machine", hint=f"install the g++ that builds for {target.arch}"
+    )
+
+
+def _check(name: str, elf: Elf, target: TargetProfile, present: set[str]) -> None:
+    if elf.arch != target.arch:
+        raise HostError(
+            f"{name} is for {elf.arch}, the target {target.name} is {target.arch}",
+            hint="build llama.cpp for the target",
+        )
+    floor = tuple(int(part) for part in target.runtime.glibc_floor.split("."))
+    if elf.glibc > floor:
+        newest = ".".join(str(part) for part in elf.glibc)
+        raise HostError(
+            f"{name} needs glibc {newest} (symbol {elf.glibc_symbol}), the target {target.name} has "
+            f"{target.runtime.glibc_floor}",
+            hint="build on a system whose glibc is no newer than the target's, such as docker/llama-cpp",
+        )
+    missing = sorted(set(elf.needed) - present - _GLIBC - set(_LOADERS))
+    if missing:
+        raise HostError(f"{name} needs {', '.join(missing)}, which is neither in the bundle nor in glibc")
+    outside = [entry for entry in elf.search if not entry.startswith("$ORIGIN")]
+    if outside:
+        raise HostError(
+            f"{name} looks for libraries in {', '.join(repr(entry) for entry in outside)}",
+            hint="build with CMAKE_BUILD_RPATH_USE_ORIGIN = true",
+        )

@@ -1,0 +1,302 @@
+"""Parse, call, print: the command line. Heavy imports stay inside the commands, so that --help answers at once."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from toolchain import __version__
+from toolchain.errors import RecipeError, ToolchainError
+
+if TYPE_CHECKING:
+    from toolchain.runner import Pipeline
+
+# The pipeline's stages, told here again so that --help need not import it; a test compares the two.
+VERBS = {
+    "teacher": "Check the teacher, or unpack its GGUF into a checkpoint.",
+    "student": "Make the student's base: the teacher, or another model, with the layers that stay.",
+    "generate": "Teacher answers to the questions.",
+    "capture": "The teacher's top-k logits over its answers.",
+    "distill": "Train the student's LoRA adapter on answers and logits.",
+    "merge": "Fold the adapter into the base, and check that nothing was lost.",
+    "convert": "Merged checkpoint → 16-bit GGUF, by llama.cpp's converter.",
+    "imatrix": "The importance matrix, from the training rows.",
+    "quantize": "16-bit GGUF → quantized GGUF, Q4_K_M by default.",
+    "evaluate": "The ledger: what was gained and lost from teacher to GGUF.",
+    "bundle": "Package model and runtime for a target.",
+    "smoke": "Try the bundle as the device will run it.",
+    "bench": "Measure the bundle as it is served: tokens/s, cold start, memory.",
+}
+
+
+class _Ordered(click.Group):
+    """Lists commands in the order of the way, not of the alphabet."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=_Ordered, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="toolchain")
+def cli() -> None:
+    """Distil a large language model into a small one and take it to a device, measured at every step."""
+
+
+recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
+work_option = click.option(
+    "--work", type=click.Path(path_type=Path, file_okay=False), default=Path("work"), show_default=True,
+    help="Folder for everything that is made.",
+)  # fmt: skip
+set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE",
+    help="Override a key of the recipe, such as distill.epochs=2. VALUE is TOML; repeatable.",
+)  # fmt: skip
+target_option = click.option(
+    "--target", "targets", multiple=True, help="Only this target of targets/; repeatable. Default: those of the recipe."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+verify_option = click.option("--verify", is_flag=True, help="Hash the bytes of every artifact that is reused.")
+quiet_option = click.option("--quiet", "-q", is_flag=True, help="Only errors.")
+
+
+def _overrides(given: tuple[str, ...]) -> dict[str, Any]:
+    import tomllib
+
+    result: dict[str, Any] = {}
+    for text in given:
+        key, sign, value = text.partition("=")
+        if not sign or not key.strip():
+            raise RecipeError(f"--set {text}: not of the form KEY=VALUE", hint="for example --set distill.epochs=2")
+        try:
+            result[key.strip()] = tomllib.loads(f"v = {value}")["v"]
+        except tomllib.TOMLDecodeError:
+            result[key.strip()] = value.strip()  # a bare word is a string
+    return result
+
+
+def _pipeline(recipe: Path, work: Path, overrides: tuple[str, ...], targets: tuple[str, ...] = ()) -> "Pipeline":
+    from toolchain.recipe import read_recipe
+    from toolchain.runner import Pipeline
+
+    return Pipeline(read_recipe(recipe, _overrides(overrides)), work, targets=targets or None)
+
+
+@cli.command()
+@recipe_argument
+@work_option
+@set_option
+@target_option
+@click.option("--until", type=click.Choice(list(VERBS)), help="Stop after this stage.")
+@verify_option
+@quiet_option
+def run(
+    recipe: Path, work: Path, overrides: tuple[str, ...], targets: tuple[str, ...], until: str | None, verify: bool,
+    quiet: bool,
+) -> None:  # fmt: skip
+    """Run every stage of a recipe that is not done yet, and report."""
+    from toolchain import report
+    from toolchain.terminal import Terminal
+
+    pipeline = _pipeline(recipe, work, overrides, targets)
+    with Terminal(quiet=quiet) as terminal:
+        pipeline.run(report=terminal, on_step=terminal.on_step, until=until, verify=verify, command=f"run {recipe}")
+    if until is None:
+        text, markdown, _ = report.write(pipeline)
+        click.echo(text)
+        if not quiet:
+            click.echo(f"report: {markdown}", err=True)
+
+
+@cli.command()
+@recipe_argument
+@work_option
+@set_option
+@target_option
+@json_option
+def plan(recipe: Path, work: Path, overrides: tuple[str, ...], targets: tuple[str, ...], as_json: bool) -> None:
+    """Show what would run, what is reused, and why."""
+    planned = _pipeline(recipe, work, overrides, targets).plan()
+    if as_json:
+        rows = [
+            {
+                "step": item.step.name,
+                "state": item.state,
+                "why": item.why,
+                "fingerprint": item.order.fingerprint if item.order else None,
+                "path": str(item.final) if item.final else None,
+            }
+            for item in planned
+        ]
+        click.echo(json.dumps(rows, indent=2))
+        return
+    width = max(len(item.step.name) for item in planned)
+    for item in planned:
+        where = f"  {item.final}" if item.state == "reuse" else ""
+        click.echo(f"{item.step.name:<{width}}  {item.state:<6}  {item.why}{where}")
+
+
+def _stage_verb(name: str, summary: str) -> Callable[..., None]:
+    def verb(
+        recipe: Path, work: Path, overrides: tuple[str, ...], verify: bool, quiet: bool, targets: tuple[str, ...] = ()
+    ) -> None:
+        from toolchain.terminal import Terminal
+
+        pipeline = _pipeline(recipe, work, overrides, targets)
+        with Terminal(quiet=quiet) as terminal:
+            pipeline.run(
+                report=terminal, on_step=terminal.on_step, only=name, verify=verify, command=f"{name} {recipe}"
+            )
+        for step_name, artifact in pipeline.artifacts().items():
+            if step_name.split("[")[0] == name:
+                click.echo(artifact.path)
+
+    verb.__doc__ = f"{summary} Needs the stages before it. Prints the folder that holds the result."
+    options = [recipe_argument, work_option, set_option, verify_option, quiet_option]
+    if name in ("bundle", "smoke", "bench"):
+        options.append(target_option)
+    command: Callable[..., None] = verb
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+for _name, _summary in VERBS.items():
+    cli.command(_name, short_help=_summary)(_stage_verb(_name, _summary))
+
+
+@cli.command("report")
+@recipe_argument
+@work_option
+@set_option
+@json_option
+def report_command(recipe: Path, work: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Write report.md and report.json again from what is in the work folder, and print the report."""
+    from toolchain import report
+
+    text, _, as_data = report.write(_pipeline(recipe, work, overrides))
+    click.echo(as_data.read_text(encoding="utf-8") if as_json else text)
+
+
+@cli.command()
+@click.argument("path", type=click.Path(path_type=Path), default=Path("recipe.toml"))
+@click.option("--force", is_flag=True, help="Replace a file that is there.")
+def init(path: Path, force: bool) -> None:
+    """Write a commented recipe with every key and its default."""
+    from toolchain.template import recipe_template
+
+    if path.exists() and not force:
+        raise RecipeError(f"{path} is there already", hint="give another name, or --force to replace it")
+    path.write_text(recipe_template(), encoding="utf-8")
+    click.echo(f"{path}: set teacher.model, data.train and data.held_out, then: toolchain plan {path}")
+
+
+@cli.command()
+@click.option("--of", "kind", type=click.Choice(["recipe", "target"]), default="recipe", show_default=True)
+def schema(kind: str) -> None:
+    """Print the JSON Schema of a recipe or target profile."""
+    from toolchain.recipe import Recipe
+    from toolchain.target import TargetProfile
+
+    model = Recipe if kind == "recipe" else TargetProfile
+    click.echo(json.dumps(model.model_json_schema(), indent=2))
+
+
+@cli.command()
+@click.argument("recipe", type=click.Path(path_type=Path), required=False)
+@work_option
+@json_option
+def doctor(recipe: Path | None, work: Path, as_json: bool) -> None:
+    """Check this machine, and what a recipe needs of it. Exit 1 when something is missing, with the remedy."""
+    from toolchain import doctor as checks
+    from toolchain.recipe import read_recipe
+
+    findings = checks.examine(read_recipe(recipe) if recipe else None, work)
+    if as_json:
+        click.echo(json.dumps([finding.as_dict() for finding in findings], indent=2))
+    else:
+        for finding in findings:
+            click.echo(finding.as_line())
+    if any(finding.state == "missing" for finding in findings):
+        sys.exit(1)
+
+
+@cli.group("llama-cpp", cls=_Ordered)
+def llama_cpp_group() -> None:
+    """The pinned llama.cpp: fetch and build it, or say where it is."""
+
+
+@llama_cpp_group.command("build")
+@click.option("--target", default=None, help="For this target; default: this host.")
+@quiet_option
+def llama_cpp_build(target: str | None, quiet: bool) -> None:
+    """Fetch the pinned source and build it into the cache, once. Needs the network the first time."""
+    from toolchain.gguf import llama_cpp
+    from toolchain.pipeline import host_target
+    from toolchain.target import read_target
+    from toolchain.terminal import Terminal
+
+    profile = read_target(target) if target else host_target()
+    with Terminal(quiet=quiet) as terminal:
+        built = llama_cpp.build(profile.runtime.cmake, report=terminal)
+    click.echo(built.root)
+
+
+@llama_cpp_group.command("where")
+@click.option("--target", default=None, help="For this target; default: this host.")
+def llama_cpp_where(target: str | None) -> None:
+    """Print the folder of the build; exit 1 when it is not built."""
+    from toolchain.gguf import llama_cpp
+    from toolchain.pipeline import host_target
+    from toolchain.target import read_target
+
+    profile = read_target(target) if target else host_target()
+    click.echo(llama_cpp.find(profile.runtime.cmake).root)
+
+
+class _Terminated(BaseException):
+    """SIGTERM, turned into an exception so that children are ended and locks released."""
+
+
+def _terminate(signal_number: int, frame: FrameType | None) -> NoReturn:
+    raise _Terminated
+
+
+def main() -> None:
+    """Entry point: one message and a hint for a user's failure; bugs keep their traceback."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        sys.exit(cli.main(standalone_mode=False) or 0)
+    except click.exceptions.Abort:
+        _interrupted()
+    except KeyboardInterrupt:
+        _interrupted()
+    except _Terminated:
+        click.echo("terminated: what is done is kept, run again to go on", err=True)
+        sys.exit(143)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except ToolchainError as error:
+        click.echo(f"error: {error.message}", err=True)
+        if error.hint:
+            click.echo(f"hint: {error.hint}", err=True)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`): nothing to say, and nobody to say it to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _interrupted() -> NoReturn:
+    click.echo("interrupted: what is done is kept, run again to go on", err=True)
+    sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

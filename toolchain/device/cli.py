@@ -1,0 +1,159 @@
+"""`./edgectl VERB`: parse, call, print. The only module here that writes to the terminal."""
+
+import argparse
+import json
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from . import bench, files, probe, serve, smoke, verify
+from .errors import DeviceError, UsageError
+
+
+class _TerminatedError(Exception):
+    """SIGTERM."""
+
+
+def main(root: Path, arguments: list[str]) -> int:
+    """Run one verb on the bundle at `root`; the exit code."""
+    signal.signal(signal.SIGTERM, _terminate)
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.call(files.open_bundle(root), options))
+    except DeviceError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(f"hint: {error.hint}", file=sys.stderr)
+        return error.exit_code
+    except KeyError as error:
+        print(f"error: the bundle's JSON files lack the key {error}", file=sys.stderr)
+        print("hint: ./edgectl verify says which file was changed", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except _TerminatedError:
+        return 143
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise _TerminatedError
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="edgectl", description="Serve, check and measure the model in this folder.")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    verb = verbs.add_parser("serve", help="run the OpenAI-compatible server until Ctrl-C or SIGTERM")
+    verb.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    verb.add_argument("--port", type=int, default=8080, help="port to listen on (default: %(default)s)")
+    verb.add_argument("--api-key-file", type=Path, metavar="F", help="file with the keys that are let in, one a line")
+    verb.set_defaults(call=_serve)
+
+    verb = verbs.add_parser("smoke", help="check that the bundle works on this machine")
+    verb.set_defaults(call=_smoke)
+    _json_option(verb)
+
+    defaults = bench.Options()
+    verb = verbs.add_parser("bench", help="measure speed, cold start and memory")
+    verb.add_argument("--out", type=Path, metavar="F", help="write the record, as JSON, to this file")
+    for name in ("repetitions", "cold_starts", "prompt_tokens", "generated_tokens"):
+        flag = "--" + name.replace("_", "-")
+        verb.add_argument(flag, type=int, metavar="N", default=getattr(defaults, name), help="(default: %(default)s)")
+    verb.set_defaults(call=_bench)
+    _json_option(verb)
+
+    verb = verbs.add_parser("verify", help="check every file and what the machine offers")
+    verb.set_defaults(call=_verify)
+    _json_option(verb)
+
+    verb = verbs.add_parser("info", help="say what the bundle is and what this machine is")
+    verb.set_defaults(call=_info)
+    _json_option(verb)
+    return parser
+
+
+def _json_option(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--json", action="store_true", help="print the record as JSON")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _print_json(record: dict[str, Any]) -> None:
+    print(json.dumps(record, indent=2, ensure_ascii=False))
+
+
+def _serve(bundle: files.Bundle, options: argparse.Namespace) -> int:
+    serve.run(bundle, host=options.host, port=options.port, key_file=options.api_key_file, say=_say)
+    return 0
+
+
+def _smoke(bundle: files.Bundle, options: argparse.Namespace) -> int:
+    return _show_checks(smoke.run(bundle, _say), options.json)
+
+
+def _verify(bundle: files.Bundle, options: argparse.Namespace) -> int:
+    return _show_checks(verify.run(bundle, _say), options.json)
+
+
+def _show_checks(report: dict[str, Any], as_json: bool) -> int:
+    if as_json:
+        _print_json(report)
+    else:
+        width = max(len(item["name"]) for item in report["checks"])
+        for item in report["checks"]:
+            print(f"{'ok  ' if item['ok'] else 'FAIL'}  {item['name']:<{width}}  {item['detail']}")
+        failed = sum(not item["ok"] for item in report["checks"])
+        print(f"{failed} of {len(report['checks'])} checks failed" if failed else f"{len(report['checks'])} checks ok")
+    return 0 if report["ok"] else 1
+
+
+def _bench(bundle: files.Bundle, options: argparse.Namespace) -> int:
+    asked = bench.Options(
+        repetitions=options.repetitions,
+        cold_starts=options.cold_starts,
+        prompt_tokens=options.prompt_tokens,
+        generated_tokens=options.generated_tokens,
+    )
+    if options.out is not None and not options.out.resolve().parent.is_dir():
+        raise UsageError(f"--out {options.out}: no such folder")
+    if options.out is not None and options.out.resolve().is_relative_to(bundle.root):
+        raise UsageError(f"--out {options.out}: is inside the bundle, whose files are sealed", hint="write elsewhere")
+    record = bench.run(bundle, asked, _say)
+    if options.out is not None:
+        try:
+            options.out.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise DeviceError(f"--out {options.out}: cannot be written: {error.strerror}") from None
+    if options.json:
+        _print_json(record)
+    else:
+        print(bench.table(record))
+    return 0
+
+
+def _info(bundle: files.Bundle, options: argparse.Namespace) -> int:
+    record = {"bundle": bundle.manifest, "device": probe.probe(), "threads": serve.threads(bundle)}
+    if options.json:
+        _print_json(record)
+        return 0
+    model, runtime = bundle.manifest["model"], bundle.manifest["runtime"]
+    rows = {
+        "bundle": f"{bundle.manifest['name']} {bundle.manifest['version']} for {bundle.manifest['target']['name']}",
+        "id": bundle.id,
+        "model": f"{model['file']}, {model['bytes'] / 2**20:.1f} MiB, {model['bits_per_weight']:.2f} bits per weight",
+        "context": f"{model['context']} tokens",
+        "llama.cpp": runtime["llama_cpp_commit"],
+        "threads": str(record["threads"]),
+        **{key: str(value) for key, value in probe.probe().items()},
+    }
+    width = max(len(key) for key in rows)
+    for key, value in rows.items():
+        print(f"{key:<{width}}  {value}")
+    return 0

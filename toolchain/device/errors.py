@@ -1,0 +1,18 @@
+"""Failures that the person at the device can mend; only `cli` prints them."""
+
+
+class DeviceError(Exception):
+    """A message that names the thing and the cause, and a hint that names the next step."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(DeviceError):
+    """An option that cannot be used as it was given."""
+
+    exit_code = 2

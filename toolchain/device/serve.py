@@ -1,0 +1,272 @@
+"""Start llama-server as the presets say, wait until it is ready, and stop it; no server outlives its edgectl."""
+
+import collections
+import ctypes
+import errno
+import ipaddress
+import math
+import os
+import re
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from . import probe
+from .client import Client
+from .errors import DeviceError, UsageError
+from .files import Bundle
+
+_PR_SET_PDEATHSIG = 1
+_STOP_GRACE_S = 10.0
+_POLL_S = 0.005
+_LOG_LINES = 4000
+
+
+class Server:
+    """A running llama-server. Use in a `with` block: it is stopped at the end whatever happens."""
+
+    def __init__(
+        self, argv: Sequence[str], *, host: str, port: int, cwd: Path, on_line: Callable[[str], None] | None = None
+    ) -> None:
+        """Spawn it. Raises DeviceError when the program cannot be started."""
+        self.host, self.port = host, port
+        self.health: list[str] = []
+        """What /health said on the way up, each once: "refused", "503", "200"."""
+        self.log: collections.deque[str] = collections.deque(maxlen=_LOG_LINES)
+        self.ready_s = math.nan
+        """Spawn → /health is 200, once `wait_ready` has returned."""
+        self._on_line = on_line
+        self.spawned_at_s = time.perf_counter()
+        self._child = spawn(argv, cwd=cwd, stderr=subprocess.STDOUT)
+        self._reader = threading.Thread(target=self._read_log, daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    def wait_ready(self, timeout_s: float) -> float:
+        """Poll /health until it is 200; seconds since the spawn. Raises DeviceError when the server ends or is late."""
+        address = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host  # noqa: S104 - compared, not bound
+        client = Client(address, self.port, timeout_s=timeout_s)
+        while True:
+            if self._child.poll() is not None:
+                self._reader.join(1)
+                raise DeviceError(f"llama-server {self.ended()}: {self.last_error()}")
+            try:
+                status = str(client.request("GET", "/health", with_key=False)[0])
+            except OSError:
+                status = "refused"
+            now_s = time.perf_counter()
+            if status not in self.health:
+                self.health.append(status)
+            if status == "200":
+                self.ready_s = now_s - self.spawned_at_s
+                return self.ready_s
+            if now_s - self.spawned_at_s > timeout_s:
+                raise DeviceError(
+                    f"llama-server was not ready after {timeout_s:.0f} s: {self.last_error()}",
+                    hint="server.ready_timeout_s in presets.json is the limit",
+                )
+            time.sleep(_POLL_S)
+
+    def wait(self) -> int:
+        """Wait until the server ends by itself; its exit code."""
+        return self._child.wait()
+
+    def stop(self) -> tuple[int, float]:
+        """SIGTERM, and SIGKILL to one that does not listen: exit code (−9 when killed) and seconds taken."""
+        start_s = time.perf_counter()
+        if self._child.poll() is None:
+            self._child.terminate()
+            try:
+                self._child.wait(_STOP_GRACE_S)
+            except subprocess.TimeoutExpired:
+                self._child.kill()
+                self._child.wait()
+        self._reader.join(1)
+        return self._child.returncode, time.perf_counter() - start_s
+
+    def last_error(self) -> str:
+        """The server's last line at error level, or its last line."""
+        lines = [line for line in self.log if line.strip()]
+        errors = [line for line in lines if re.match(r"\S+ E ", line) and "exiting due to" not in line]
+        return (errors or lines or ["it said nothing"])[-1].strip()[:400]
+
+    def ended(self) -> str:
+        code = self._child.returncode
+        if code >= 0:
+            return f"ended with exit code {code}"
+        more = " (a processor too old for the programs?)" if -code == signal.SIGILL else ""
+        more = " (often: out of memory)" if -code == signal.SIGKILL else more
+        return f"was ended by {signal.Signals(-code).name}{more}"
+
+    def _read_log(self) -> None:
+        assert self._child.stdout is not None
+        with self._child.stdout as lines:
+            for line in lines:
+                self.log.append(line.rstrip("\n"))
+                if self._on_line is not None:
+                    self._on_line(line.rstrip("\n"))
+
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.stop()
+
+
+def spawn(argv: Sequence[str], *, cwd: Path, stderr: int) -> "subprocess.Popen[str]":
+    """Start one of the bundle's programs; it dies with this process. Raises DeviceError."""
+    try:
+        return subprocess.Popen(
+            argv,
+            cwd=cwd,
+            env=clean_environment(os.environ),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            errors="replace",
+            start_new_session=True,  # Ctrl-C reaches edgectl alone, which then asks the server once
+            preexec_fn=_die_with_parent(),  # noqa: PLW1509 - one prctl call, no locks taken
+        )
+    except OSError as error:
+        raise DeviceError(
+            f"cannot start {argv[0]}: {error.strerror}", hint="./edgectl verify says what is wrong"
+        ) from error
+
+
+def start(
+    bundle: Bundle,
+    *,
+    host: str,
+    port: int,
+    key_file: Path | None = None,
+    extra: Sequence[str] = (),
+    on_line: Callable[[str], None] | None = None,
+) -> Server:
+    """Start the bundle's server. Raises DeviceError."""
+    argv = [*server_argv(bundle, host=host, port=port, key_file=key_file), *extra]
+    return Server(argv, host=host, port=port, cwd=bundle.root, on_line=on_line)
+
+
+def server_argv(bundle: Bundle, *, host: str, port: int, key_file: Path | None) -> list[str]:
+    """The presets' command with its placeholders filled in."""
+    server: dict[str, Any] = bundle.presets()["server"]
+    template = [*server["argv"], *(server["api_key_argv"] if key_file is not None else [])]
+    values = {
+        "bundle": str(bundle.root),
+        "host": host,
+        "port": str(port),
+        "threads": str(threads(bundle)),
+        "api_key_file": str(key_file),
+    }
+    return fill(template, values)
+
+
+def fill(template: Sequence[str], values: Mapping[str, str]) -> list[str]:
+    """Replace each {name} by its value, once: a value with braces in it stays as it is."""
+    return [re.sub(r"\{([a-z_]+)\}", lambda match: values[match[1]], part) for part in template]
+
+
+def threads(bundle: Bundle) -> int:
+    """Threads of the presets, or the physical cores this process may use."""
+    asked: int | None = bundle.presets()["server"]["threads"]
+    return probe.physical_cores() if asked is None else asked
+
+
+def ready_timeout_s(bundle: Bundle) -> float:
+    return float(bundle.presets()["server"]["ready_timeout_s"])
+
+
+def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment without what would change the server behind the presets' back."""
+    return {
+        name: value
+        for name, value in environ.items()
+        if not name.startswith(("LLAMA_", "GGML_", "AIP_")) and name not in ("LD_LIBRARY_PATH", "LD_PRELOAD")
+    }
+
+
+def check_address(host: str, port: int, key_file: Path | None) -> None:
+    """Refuse what cannot work or is not safe, before anything starts. Raises UsageError and DeviceError."""
+    if not 1 <= port <= 65535:
+        raise UsageError(f"--port {port}: not between 1 and 65535")
+    if key_file is not None:
+        _check_key_file(key_file)
+    elif not _is_loopback(host):
+        raise UsageError(
+            f"--host {host} is open to the network and there is no API key",
+            hint="add --api-key-file F, or leave --host out",
+        )
+    try:
+        _bind(host, port)
+    except socket.gaierror:
+        raise UsageError(f"--host {host}: no such address") from None
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise DeviceError(
+                f"port {port} on {host} is in use",
+                hint=f"port {free_port(host)} is free: ./edgectl serve --port {free_port(host)}",
+            ) from None
+        raise DeviceError(f"cannot listen on {host} port {port}: {error.strerror}") from None
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port that is free now."""
+    return _bind(host, 0)
+
+
+def _bind(host: str, port: int) -> int:
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind, protocol) as listener:
+        # As llama-server binds: a connection that is still winding down does not block the port.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        return int(listener.getsockname()[1])
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _check_key_file(path: Path) -> None:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--api-key-file {path}: cannot be read: {error}") from None
+    if not any(line and not line.startswith("#") for line in lines):
+        raise UsageError(f"--api-key-file {path}: holds no key", hint="one key on each line")
+
+
+def _die_with_parent() -> Callable[[], None]:
+    """For the child before exec: Linux kills it when its parent dies, so a kill −9 of edgectl leaves no server."""
+    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
+
+    def ask() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return ask
+
+
+def run(bundle: Bundle, *, host: str, port: int, key_file: Path | None, say: Callable[[str], None]) -> None:
+    """Serve until a signal (raised as an exception by `cli`) ends it. Raises DeviceError when the server ends."""
+    check_address(host, port, key_file)
+    with start(bundle, host=host, port=port, key_file=key_file and key_file.resolve(), on_line=say) as server:
+        seconds = server.wait_ready(ready_timeout_s(bundle))
+        shown = f"[{host}]" if ":" in host else host
+        say(f"ready after {seconds:.2f} s: http://{shown}:{port}/v1 serves {bundle.manifest['name']}")
+        server.wait()
+        raise DeviceError(f"llama-server {server.ended()}: {server.last_error()}")

@@ -1,0 +1,60 @@
+"""Is this the bundle that was built, and can this machine run it? A list of named checks."""
+
+import os
+import platform
+from collections.abc import Callable
+from typing import Any
+
+from . import files, probe
+
+Check = dict[str, Any]
+"""{"name": str, "ok": bool, "detail": str}"""
+
+_SERVER_BYTES = 256 << 20  # KV cache, compute buffers and libraries of a small model, beside its weights
+
+
+def check(name: str, ok: bool, detail: str) -> Check:
+    return {"name": name, "ok": ok, "detail": detail}
+
+
+def file_check(bundle: files.Bundle) -> Check:
+    """Every file is there, unchanged, and nothing else is."""
+    found = files.problems(bundle)
+    count = len(bundle.manifest["files"]) + 2
+    return check("files", not found, "; ".join(found) or f"{count} files as built")
+
+
+def host_checks(bundle: files.Bundle) -> list[Check]:
+    """The machine has what the programs and the model need."""
+    target, runtime = bundle.manifest["target"], bundle.manifest["runtime"]
+    arch = platform.machine()
+    checks = [
+        check("architecture", arch == target["arch"], f"this machine is {arch}, the bundle is for {target['arch']}")
+    ]
+    needed = str(runtime["glibc_needed"])
+    have = probe.glibc()
+    enough = have is not None and have >= tuple(int(part) for part in needed.split("."))
+    shown = f"glibc {have[0]}.{have[1]}" if have else "no glibc"
+    checks.append(check("glibc", enough, f"{shown} here, at least {needed} is needed"))
+    page, alignment = os.sysconf("SC_PAGE_SIZE"), int(runtime["segment_alignment"])
+    checks.append(check("page size", page <= alignment, f"{page} bytes here, programs are aligned to {alignment}"))
+    memory, wanted = probe.memory_bytes(), int(bundle.manifest["model"]["bytes"]) + _SERVER_BYTES
+    detail = f"{memory >> 20} MiB here, {wanted >> 20} MiB are needed for the model and its server"
+    checks.append(check("memory", memory >= wanted, detail))
+    return checks
+
+
+def report(bundle: files.Bundle, checks: list[Check]) -> dict[str, Any]:
+    """The checks as a record."""
+    return {
+        "schema_version": 1,
+        "bundle": bundle.id,
+        "ok": all(item["ok"] for item in checks),
+        "checks": checks,
+    }
+
+
+def run(bundle: files.Bundle, say: Callable[[str], None]) -> dict[str, Any]:
+    """All checks of files and host."""
+    say("hashing every file")
+    return report(bundle, [file_check(bundle), *host_checks(bundle)])

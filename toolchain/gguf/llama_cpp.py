@@ -1,0 +1,394 @@
+"""The pinned llama.cpp: fetch its source, build it once for every run on this machine, find what was built.
+
+Nothing here but `fetch` and `build` reaches the network or starts a compiler; stages call `find`.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from toolchain import process
+from toolchain.errors import ExternalToolError, HostError
+from toolchain.reporter import Reporter, Silent, Task
+from toolchain.resources import versions
+
+TARGETS = ("llama-server", "llama-bench", "llama-quantize", "llama-imatrix")
+
+SHARED_FLAGS: Mapping[str, str | bool] = {
+    "CMAKE_BUILD_TYPE": "Release",
+    "LLAMA_OPENSSL": False,
+    "LLAMA_BUILD_TESTS": False,
+    "LLAMA_BUILD_EXAMPLES": False,
+    "LLAMA_USE_PREBUILT_UI": False,  # would download it
+    "LLAMA_BUILD_UI": False,
+    "LLAMA_BUILD_NUMBER": "0",  # the source distribution has no history to count
+}
+"""What every build has; a target adds its own."""
+
+_LAYOUT = 1
+"""Raise when the content of an installed build changes, so that older ones are built again."""
+
+_FREE_BYTES = 1_500_000_000
+"""Source, objects and programs of the largest CPU build together, with room to spare."""
+
+_BUILD_HINT = "`toolchain llama-cpp build` fetches and builds it once"
+
+
+@dataclass(frozen=True)
+class LlamaCpp:
+    """One installed build."""
+
+    root: Path
+    commit: str
+    key: str
+    flags: tuple[str, ...]
+    """CMake options, as given to it."""
+
+    @property
+    def digest(self) -> str:
+        """What a stage's fingerprint takes for all of llama.cpp."""
+        return self.key
+
+    @property
+    def bin(self) -> Path:
+        """Programs, shared libraries and compute backends, side by side."""
+        return self.root / "bin"
+
+    @property
+    def source(self) -> Path:
+        return self.root / "source"
+
+    @property
+    def converter(self) -> Path:
+        return self.source / "convert_hf_to_gguf.py"
+
+    @property
+    def bindings(self) -> Path:
+        """Folder to put on `sys.path` for the ctypes package `llama_cpp`."""
+        return self.root / "bindings"
+
+    @property
+    def licence(self) -> Path:
+        return self.source / "LICENSE"
+
+    def program(self, name: str) -> Path:
+        """Path of a program such as "llama-quantize". Raises HostError."""
+        path = self.bin / name
+        if not path.is_file():
+            raise HostError(f"{path}: no such program in this build of llama.cpp", hint=_BUILD_HINT)
+        return path
+
+
+def cache_folder() -> Path:
+    """$TOOLCHAIN_CACHE, $XDG_CACHE_HOME/toolchain or ~/.cache/toolchain."""
+    own = os.environ.get("TOOLCHAIN_CACHE")
+    if own:
+        return Path(own)
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "toolchain"
+
+
+def physical_cores() -> int:
+    """Physical cores that this process may run on."""
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
+        try:
+            cores.add(tuple((topology / name).read_text() for name in ("physical_package_id", "core_id")))
+        except OSError:
+            cores.add((str(cpu),))
+    return len(cores)
+
+
+def flags_of(cmake: Mapping[str, str | bool]) -> tuple[str, ...]:
+    """The CMake options of a build, shared ones first; a target's own value wins."""
+    merged = {**SHARED_FLAGS, **cmake}
+    return tuple(f"-D{name}={_cmake_value(value)}" for name, value in merged.items())
+
+
+def fetch(*, report: Reporter | None = None) -> Path:
+    """Download the pinned source distribution into the cache and check its SHA-256; returns its path.
+
+    Raises HostError or ExternalToolError when it cannot be had, HostError when its digest differs.
+    """
+    pin = versions()["llama_cpp"]
+    folder = cache_folder() / "downloads"
+    archive = folder / f"{pin['package'].replace('-', '_')}-{pin['version']}.tar.gz"
+    if not archive.is_file():
+        (report or Silent()).line(f"fetching {pin['package']} {pin['version']} (77 MB)")
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f"{pin['sha256'][:12]}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        wanted = partial / "requirements.txt"
+        wanted.write_text(f"{pin['package']}=={pin['version']} --hash=sha256:{pin['sha256']}\n", encoding="utf-8")
+        process.run(
+            pip_argv(wanted, partial),
+            log=folder / "pip.log",
+            hint=f"a package index must be reachable, or put the file there yourself: {archive}",
+        )
+        _check_digest(partial / archive.name, pin["sha256"])
+        (partial / archive.name).replace(archive)
+        shutil.rmtree(partial)
+    _check_digest(archive, pin["sha256"])
+    return archive
+
+
+def pip_argv(requirements: Path, out: Path) -> list[str]:
+    """pip, told to take the source distribution and nothing that its digest does not name."""
+    options = ["--no-deps", "--no-binary=:all:", "--require-hashes", "--disable-pip-version-check"]
+    return [sys.executable, "-m", "pip", "download", *options, "-d", str(out), "-r", str(requirements)]
+
+
+def build(cmake: Mapping[str, str | bool], *, report: Reporter) -> LlamaCpp:
+    """Build llama.cpp with the shared flags and `cmake`, once; returns the build that is there already.
+
+    Raises HostError when a compiler, CMake, ninja or disk is missing, ExternalToolError when the build fails.
+    """
+    compiler = _compiler_line(cmake)
+    if compiler is None:
+        names = " and ".join(_compilers(cmake))
+        raise HostError(f"no C and C++ compiler: looked for {names}", hint="apt-get install build-essential")
+    tools = {name: _tool(name) for name in ("cmake", "ninja")}
+    request = _request(cmake)
+    key = _key(request, compiler)
+    home = cache_folder() / "llama.cpp"
+    home.mkdir(parents=True, exist_ok=True)
+    with _lock(home / f"{key}.lock", report):
+        final = home / key
+        if final.is_dir():
+            return _open(final)
+        free = shutil.disk_usage(home).free
+        if free < _FREE_BYTES:
+            raise HostError(
+                f"{home}: {free / 1e9:.1f} GB free, the build needs {_FREE_BYTES / 1e9:.1f} GB",
+                hint="free some space, or set TOOLCHAIN_CACHE to a folder on another disk",
+            )
+        partial = home / f"{key}.partial"
+        partial.mkdir(exist_ok=True)
+        sdist = _unpack(fetch(report=report), partial / "sdist")
+        source, objects, log = sdist / "vendor" / "llama.cpp", partial / "build", home / f"{key}.log"
+        # Not the caller's own: they would change the build without changing its key. No path of this machine in it.
+        no_paths = f"-ffile-prefix-map={sdist}=."
+        env = {"CFLAGS": no_paths, "CXXFLAGS": no_paths, "LDFLAGS": "", "CMAKE_TOOLCHAIN_FILE": ""}
+        hint = f"full output: {log}"
+        process.run(configure_argv(tools, source, objects, cmake), log=log, env=env, hint=hint)
+        with _ninja_bar(report) as on_line:
+            process.run(
+                [str(tools["ninja"]), "-C", str(objects), *TARGETS], log=log, env=env, on_line=on_line, hint=hint
+            )
+        commit = versions()["llama_cpp"]["commit"]
+        install(sdist, objects, partial / "install", cmake, {**request, "compiler": compiler, "commit": commit})
+        (partial / "install").rename(final)
+        shutil.rmtree(partial)
+    return _open(final)
+
+
+def find(cmake: Mapping[str, str | bool]) -> LlamaCpp:
+    """The build with these options, by this machine's compiler if there is one. Raises HostError when there is none."""
+    request = _request(cmake)
+    home = cache_folder() / "llama.cpp"
+    compiler = _compiler_line(cmake)
+    exact = home / _key(request, compiler) if compiler else None
+    if exact is not None and exact.is_dir():
+        return _open(exact)
+    # A machine without a compiler, or with a newer one, can use what was built.
+    others = [
+        record.parent
+        for record in home.glob("*/build.json")
+        if not record.parent.name.endswith(".partial")
+        and {name: value for name, value in _read(record).items() if name in request} == request
+    ]
+    if not others:
+        raise HostError(f"llama.cpp is not built with these options (looked in {home})", hint=_BUILD_HINT)
+    return _open(max(others, key=lambda folder: (folder.stat().st_mtime, folder.name)))
+
+
+def configure_argv(
+    tools: Mapping[str, Path], source: Path, objects: Path, cmake: Mapping[str, str | bool]
+) -> list[str]:
+    make = f"-DCMAKE_MAKE_PROGRAM={tools['ninja']}"
+    return [str(tools["cmake"]), "-S", str(source), "-B", str(objects), "-G", "Ninja", make, *flags_of(cmake)]
+
+
+def install(sdist: Path, objects: Path, out: Path, cmake: Mapping[str, str | bool], facts: Mapping[str, Any]) -> None:
+    """Copy what runs from an unpacked source distribution and its build folder to `out`, and write build.json.
+
+    A library lies under its SONAME, with a link of the plain name for those that open it by hand.
+    """
+    shutil.rmtree(out, ignore_errors=True)
+    source = sdist / "vendor" / "llama.cpp"
+    binaries = out / "bin"
+    binaries.mkdir(parents=True)
+    for path in sorted((objects / "bin").iterdir()):
+        if path.is_symlink() or not path.is_file():
+            continue
+        library = re.fullmatch(r"(.+\.so)(\.\d+)(\.[\d.]+)?", path.name)
+        if library is None and ".so" not in path.name and path.name not in TARGETS:
+            continue
+        target = binaries / (library[1] + library[2] if library else path.name)
+        # CMake leaves "$ORIGIN:", and the empty entry after the colon would be the current directory.
+        target.write_bytes(path.read_bytes().replace(b"$ORIGIN:\0", b"$ORIGIN\0\0"))
+        target.chmod(0o755)
+        if library:
+            (binaries / library[1]).symlink_to(target.name)
+    missing = [name for name in TARGETS if not (binaries / name).is_file()]
+    if missing:
+        raise ExternalToolError(f"the build made no {', '.join(missing)}", hint=f"looked in {objects / 'bin'}")
+    _strip(binaries, cmake)
+    kept = out / "source"
+    kept.mkdir()
+    for name in ("convert_hf_to_gguf.py", "LICENSE"):
+        shutil.copy2(source / name, kept / name)
+    for name in ("conversion", "licenses", "gguf-py/gguf"):
+        shutil.copytree(source / name, kept / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        sdist / "llama_cpp",
+        out / "bindings" / "llama_cpp",
+        ignore=shutil.ignore_patterns("__pycache__", "server", "lib"),
+    )
+    shutil.copy2(sdist / "LICENSE.md", out / "bindings" / "LICENSE.md")
+    sizes = {path.name: path.stat().st_size for path in sorted(binaries.iterdir()) if not path.is_symlink()}
+    record = json.dumps({**facts, "sizes": sizes}, indent=2) + "\n"
+    (out / "build.json").write_text(record, encoding="utf-8")
+
+
+def _cmake_value(value: str | bool) -> str:
+    return value if isinstance(value, str) else "ON" if value else "OFF"
+
+
+def _compilers(cmake: Mapping[str, str | bool]) -> tuple[str, str]:
+    return (
+        str(cmake.get("CMAKE_C_COMPILER") or os.environ.get("CC") or "cc"),
+        str(cmake.get("CMAKE_CXX_COMPILER") or os.environ.get("CXX") or "c++"),
+    )
+
+
+def _compiler_line(cmake: Mapping[str, str | bool]) -> str | None:
+    """First lines of what both compilers say of themselves; None when one is missing."""
+    lines = []
+    for name in _compilers(cmake):
+        try:
+            answer = subprocess.run([name, "--version"], capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        lines.append(answer.stdout.splitlines()[0] if answer.stdout else name)
+    return "; ".join(lines)
+
+
+def _tool(name: str) -> Path:
+    """A build tool: the wheel's in this environment, then PATH."""
+    own = Path(sys.prefix) / "bin" / name
+    found = str(own) if own.is_file() else shutil.which(name)
+    if found is None:
+        raise HostError(f"no {name} in this environment or on PATH", hint="pip install -c constraints.txt -e '.[gguf]'")
+    return Path(found)
+
+
+def _request(cmake: Mapping[str, str | bool]) -> dict[str, Any]:
+    """What is asked for; the compiler is what it is obtained with."""
+    return {
+        "layout": _LAYOUT,
+        "source_sha256": versions()["llama_cpp"]["sha256"],
+        "flags": sorted(flags_of(cmake)),
+        "targets": list(TARGETS),
+        "arch": str(cmake.get("CMAKE_SYSTEM_PROCESSOR") or platform.machine()),
+    }
+
+
+def _key(request: Mapping[str, Any], compiler: str) -> str:
+    text = json.dumps({**request, "compiler": compiler}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _read(record: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise HostError(
+            f"{record}: cannot be read: {error}", hint=f"delete {record.parent}, then build again"
+        ) from None
+    return dict(raw)
+
+
+def _open(folder: Path) -> LlamaCpp:
+    record = _read(folder / "build.json")
+    return LlamaCpp(root=folder, commit=record["commit"], key=folder.name, flags=tuple(record["flags"]))
+
+
+def _check_digest(path: Path, expected: str) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
+        raise HostError(
+            f"{path}: SHA-256 is {found}, docker/versions.toml pins {expected}",
+            hint=f"delete {path}, then run again",
+        )
+
+
+def _unpack(archive: Path, out: Path) -> Path:
+    """The archive's one top folder, unpacked below `out` unless a complete copy is there."""
+    if not out.is_dir():
+        draft = out.with_name(out.name + ".tmp")
+        shutil.rmtree(draft, ignore_errors=True)
+        with tarfile.open(archive) as tar:
+            tar.extractall(draft, filter="data")
+        draft.rename(out)
+    (top,) = out.iterdir()
+    return top
+
+
+def _strip(binaries: Path, cmake: Mapping[str, str | bool]) -> None:
+    """Remove symbols that only a debugger reads, where a `strip` for the machine's code is at hand."""
+    cross = "CMAKE_SYSTEM_PROCESSOR" in cmake
+    strip = shutil.which(str(cmake["CMAKE_STRIP"])) if "CMAKE_STRIP" in cmake else None if cross else "strip"
+    if strip is not None and shutil.which(strip) is not None:
+        files = [str(path) for path in sorted(binaries.iterdir()) if not path.is_symlink()]
+        subprocess.run([strip, "--strip-unneeded", *files], check=True)
+
+
+@contextmanager
+def _lock(path: Path, report: Reporter) -> Iterator[None]:
+    """Hold `path` for the length of a `with` block; the kernel lets go when the process dies."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report.line("another process is building this llama.cpp: waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _ninja_bar(report: Reporter) -> Iterator[Callable[[str], None]]:
+    """Turn ninja's "[12/469] Building …" into a bar."""
+    task: Task | None = None
+    done = 0
+
+    def on_line(line: str) -> None:
+        nonlocal task, done
+        step = re.match(r"\[(\d+)/(\d+)\]", line)
+        if step is None:
+            return
+        if task is None:
+            task = report.start("building llama.cpp", total=int(step[2]), unit="file")
+        task.advance(int(step[1]) - done)
+        done = int(step[1])
+
+    try:
+        yield on_line
+    finally:
+        if task is not None:
+            report.finish(task)

@@ -1,0 +1,168 @@
+"""What the run showed: ledger, gates and device figures, as report.json, report.md and text for the screen."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from toolchain.artifact import Artifact, write_atomic
+from toolchain.errors import ArtifactError
+from toolchain.runner import Pipeline
+
+SCHEMA_VERSION = 1
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
+
+
+def write(pipeline: Pipeline) -> tuple[str, Path, Path]:
+    """Write work/reports/<recipe>/report.{json,md}; the text for the screen and both paths come back.
+
+    Raises ArtifactError when `evaluate` is not done: there is nothing to report.
+    """
+    data = collect(pipeline)
+    folder = pipeline.work / "reports" / pipeline.recipe.name
+    folder.mkdir(parents=True, exist_ok=True)
+    as_data, markdown = folder / "report.json", folder / "report.md"
+    write_atomic(as_data, json.dumps(data, indent=1) + "\n")
+    text = render(data)
+    write_atomic(markdown, text)
+    return text, markdown, as_data
+
+
+def collect(pipeline: Pipeline) -> dict[str, Any]:
+    """Everything the report says, from the artifacts' own files and manifests."""
+    artifacts = pipeline.artifacts()
+    if "evaluate" not in artifacts:
+        hint = "run `toolchain run`; `toolchain plan` shows what is left"
+        raise ArtifactError("nothing to report: evaluate is not done", hint=hint)
+    ledger = _read(artifacts["evaluate"], "ledger.json")
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "recipe": pipeline.recipe.name,
+        "version": pipeline.recipe.version,
+        "ledger": ledger,
+        "gates": [gate.as_dict() for gate in pipeline.gates()],
+        "targets": {
+            step.target.name: {
+                "bundle": str(artifacts[step.name].path),
+                "smoke": _read_if(artifacts, f"smoke[{step.target.name}]", "smoke.json"),
+                "bench": _read_if(artifacts, f"bench[{step.target.name}]", "results.json"),
+            }
+            for step in pipeline.steps
+            if step.stage.name == "bundle" and step.target is not None and step.name in artifacts
+        },
+        "stages": {
+            name: {
+                "fingerprint": artifact.manifest.fingerprint,
+                "digest": artifact.digest,
+                "seconds": artifact.manifest.seconds,
+                "started": artifact.manifest.started,
+                "metrics": artifact.manifest.metrics,
+            }
+            for name, artifact in artifacts.items()
+        },
+    }
+
+
+def _read(artifact: Artifact, name: str) -> Any:
+    return json.loads((artifact.path / name).read_text(encoding="utf-8"))
+
+
+def _read_if(artifacts: dict[str, Artifact], step: str, name: str) -> Any:
+    return _read(artifacts[step], name) if step in artifacts else None
+
+
+def render(data: dict[str, Any]) -> str:
+    """Markdown that also reads well as plain text."""
+    ledger = data["ledger"]
+    parts = [
+        f"# {data['recipe']} {data['version']}: what was gained and lost",
+        f"Held out: {ledger['held_out_rows']} questions, {ledger['answer_tokens']} answer tokens of the teacher, "
+        f"vocabulary {ledger['vocabulary']}. KL in nats per answer token at temperature 1.",
+        _markdown(_ledger_table(ledger)),
+        _gates(data["gates"]),
+        _quantization(ledger["quantization"]),
+    ]
+    for target, found in data["targets"].items():
+        parts.append(f"## {target}\n\nBundle: {found['bundle']}")
+        if found["smoke"] is not None:
+            parts.append(_smoke(found["smoke"]))
+        if found["bench"] is not None:
+            parts.append(_bench(found["bench"]))
+    parts.append("## Time\n\n" + _markdown(_time_table(data["stages"])))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _ledger_table(ledger: dict[str, Any]) -> Table:
+    head = ("form", "parameters", "MB", "perplexity", "KL to teacher", "top-1", "KL to the row before")
+    rows = [
+        (
+            row["name"],
+            _millions(row["parameters"])
+            + (f" + {_millions(row['adapter_parameters'])}" if row["adapter_parameters"] else ""),
+            f"{row['bytes'] / 1e6:.1f}",
+            f"{row['perplexity']:.3f}",
+            f"{row['kl_to_teacher']:.4f}",
+            f"{100 * row['top1_agreement']:.1f} %",
+            "" if row["kl_to_previous"] is None else f"{row['kl_to_previous']:.2e}",
+        )
+        for row in ledger["rows"]
+    ]
+    return head, rows
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f} M"
+
+
+def _gates(gates: list[dict[str, Any]]) -> str:
+    lines = [
+        f"- {'passed' if gate['passed'] else 'FAILED'}: {gate['name']} = {gate['value']:.3g} (limit {gate['limit']:g})"
+        for gate in gates
+    ]
+    return "## Gates\n\n" + "\n".join(lines)
+
+
+def _quantization(facts: dict[str, Any]) -> str:
+    types = ", ".join(f"{count} × {kind}" for kind, count in sorted(facts["tensor_types"].items()))
+    stored = f"{facts['file_type']}: {facts['bits_per_weight']:.2f} bits per weight as stored"
+    stored = f"{facts['file_type']}: {facts['bits_per_weight']:.2f} bits per weight as stored"
+    text = f"## Quantization\n\n{stored}. Tensors: {types}."
+    fallbacks = facts["fallbacks"]
+    if fallbacks:
+        kinds: dict[str, int] = {}
+        for item in fallbacks:
+            change = f"{item['wanted']} → {item['got']}"
+            kinds[change] = kinds.get(change, 0) + 1
+        listed = ", ".join(f"{count} × {change}" for change, count in sorted(kinds.items()))
+        text += f" Fell back to another type, since their rows are not divisible by 256: {listed}."
+    return text
+
+
+def _smoke(smoke: dict[str, Any]) -> str:
+    checks = smoke["checks"]
+    good = sum(check["ok"] for check in checks)
+    lines = [f"- {check['name']}: {check['detail']}" for check in checks]
+    return f"Smoke: {good} of {len(checks)} checks passed.\n\n" + "\n".join(lines)
+
+
+def _bench(bench: dict[str, Any]) -> str:
+    from toolchain.device import bench as device_bench
+
+    return "Bench:\n\n```\n" + device_bench.table(bench).rstrip() + "\n```"
+
+
+def _time_table(stages: dict[str, Any]) -> Table:
+    rows = [(name, f"{stage['seconds']:.1f}", stage["metrics"].get("summary", "")) for name, stage in stages.items()]
+    total = sum(stage["seconds"] for stage in stages.values())
+    return ("stage", "s", "result"), [*rows, ("all", f"{total:.1f}", "")]
+
+
+def _markdown(table: Table) -> str:
+    """A Markdown table whose columns line up, so that it reads as plain text too."""
+    head, rows = table
+    widths = [max(len(str(row[column])) for row in [head, *rows]) for column in range(len(head))]
+    lines = [
+        "| " + " | ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in [head, ["-" * width for width in widths], *rows]
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,325 @@
+"""A checkpoint folder → model and tokenizer, offline and from safetensors only; and what a model says about rows."""
+
+import json
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from toolchain.data.rows import Row
+from toolchain.errors import ArtifactError, ModelError
+
+Tokenizer = Any
+Model = Any
+
+_REFERENCE = "reference.json"
+_CHECKPOINT = "checkpoint"
+_INDEX = "model.safetensors.index.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_HEADER_LIMIT = 100_000_000
+_CHUNK = 512
+
+
+# --- Artifacts that are a folder, or point to one.
+
+
+def write_reference(out: Path, checkpoint: Path) -> None:
+    """Say that the artifact in `out` is the folder `checkpoint`, which stays where it is."""
+    (out / _REFERENCE).write_text(json.dumps({"path": str(checkpoint.resolve())}) + "\n", encoding="utf-8")
+
+
+def resolve(artifact: Path) -> Path:
+    """The checkpoint folder of a `teacher`, `student` or `merge` artifact. Raises ArtifactError."""
+    inside = artifact / _CHECKPOINT
+    if inside.is_dir():
+        return inside
+    try:
+        path = Path(json.loads((artifact / _REFERENCE).read_text(encoding="utf-8"))["path"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{artifact}: holds neither {_CHECKPOINT}/ nor a readable {_REFERENCE}") from error
+    if not path.is_dir():
+        raise ArtifactError(
+            f"{artifact}: points to {path}, which is gone", hint="put the folder back, or change the recipe's model"
+        )
+    return path
+
+
+# --- What a folder holds, from its files alone.
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a safetensors file."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of a safetensors file, in the order of their names. Raises ModelError when the file is not whole.
+
+    Layout (https://huggingface.co/docs/safetensors): u64 length of a JSON header, the header, the tensors' bytes.
+    """
+    again = "copy or download the file again"
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            if len(start) < 8:
+                raise ModelError(f"{path}: not a safetensors file: {size} bytes long", hint=again)
+            (length,) = struct.unpack("<Q", start)
+            if length > min(_HEADER_LIMIT, size - 8):
+                raise ModelError(
+                    f"{path}: header of {length} bytes in a file of {size}: damaged or cut off", hint=again
+                )
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        found = {name: TensorInfo(path, header[name]["dtype"], tuple(header[name]["shape"])) for name in sorted(header)}
+    except FileNotFoundError:
+        raise ModelError(f"{path}: no such file", hint="copy the missing shard into the folder") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path}: header cannot be read: {error}", hint=again) from error
+    if 8 + length + end != size:
+        raise ModelError(f"{path}: {size} bytes long, {8 + length + end} by its header: damaged or cut off", hint=again)
+    return found
+
+
+def tensors_of(folder: Path) -> dict[str, TensorInfo]:
+    """Every tensor of a checkpoint. Raises ModelError: no safetensors, a missing, cut off or incomplete shard."""
+    index, single = folder / _INDEX, folder / "model.safetensors"
+    if not index.exists() and not single.exists():
+        pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+        if pickles:
+            raise ModelError(
+                f"{folder}: weights only as {pickles[0]}, a pickle: loading one runs whatever code is in it",
+                hint="take the model's safetensors files, or convert it where you trust it",
+            )
+        raise ModelError(f"{folder}: no model.safetensors and no {_INDEX}", hint="give a Hugging Face model folder")
+    if not index.exists():
+        return read_header(single)
+    try:
+        named: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(named.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index}: cannot be read: {error}") from error
+    found: dict[str, TensorInfo] = {}
+    for shard in shards:
+        found |= read_header(folder / shard)
+    missing = sorted(name for name in named if name not in found)
+    if missing:
+        raise ModelError(f"{folder}: {named[missing[0]]} lacks {missing[0]}, which {_INDEX} names")
+    return found
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json. Raises ModelError."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{folder}: no config.json", hint="give a Hugging Face model folder") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}/config.json: cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{folder}/config.json: not a JSON object")
+    return config
+
+
+def validate(folder: Path) -> dict[str, Any]:
+    """Check that `folder` can be a teacher or student; returns figures for the manifest. Raises ModelError."""
+    config = read_config(folder)
+    tensors = tensors_of(folder)
+    tokenizer = load_tokenizer(folder)
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"{folder}: the tokenizer has no chat template",
+            hint="take the instruct model, or put its chat_template.jinja into the folder",
+        )
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"{folder}: the tokenizer has no eos token", hint="set eos_token in tokenizer_config.json")
+    ids = max(tokenizer.get_vocab().values()) + 1
+    rows = next(
+        (info.shape[0] for name, info in tensors.items() if name.endswith(("embed_tokens.weight", "wte.weight"))),
+        config.get("vocab_size", 0),
+    )
+    if rows < ids:
+        raise ModelError(
+            f"{folder}: {rows} embedding rows, but the tokenizer has ids up to {ids - 1}",
+            hint="model and tokenizer are not of one release",
+        )
+    return {
+        "architecture": config.get("model_type"),
+        "parameters": sum(_count(info.shape) for info in tensors.values()),
+        "vocabulary_rows": rows,
+        "tokenizer_ids": ids,
+    }
+
+
+def _count(shape: Sequence[int]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+# --- Model and tokenizer.
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint. Raises ModelError."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{folder}: the tokenizer cannot be loaded: {error}", hint="is tokenizer.json there?"
+        ) from error
+
+
+def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device | str) -> tuple[Model, Tokenizer]:
+    """A checkpoint in eval mode with SDPA attention, and its tokenizer. Raises ModelError; never reaches a network."""
+    expected = tensors_of(folder)
+    tokenizer = load_tokenizer(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"{folder}: the model cannot be loaded: {error}") from error
+    # Transformers fills what it does not find with random numbers and goes on.
+    lost = sorted({*info["missing_keys"], *(str(entry) for entry in info["mismatched_keys"])})
+    if lost:
+        raise ModelError(
+            f"{folder}: {len(lost)} of {len(expected)} tensors missing or of another shape, such as {lost[0]}"
+        )
+    return model.to(device).eval(), tokenizer
+
+
+def backbone(model: Model) -> nn.Module:
+    """The part of a causal LM below its head: token ids → hidden states. With an adapter: the adapted one."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return cast(nn.Module, getattr(inner, inner.base_model_prefix))
+
+
+@dataclass(frozen=True)
+class Head:
+    """Hidden states [..., H] → float32 logits [..., vocabulary], as the model's own forward gives them."""
+
+    linear: nn.Module
+    scale: float
+    softcap: float | None
+    vocabulary: int
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = self.linear(hidden)[..., : self.vocabulary].float()
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return cast(torch.Tensor, logits)
+
+
+def head_of(model: Model, *, vocabulary: int | None = None) -> Head:
+    """The output head, with what Granite (logits_scaling), Cohere (logit_scale) and Gemma (softcap) do after it."""
+    config = model.config
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    linear = model.get_output_embeddings()
+    width = int(config.vocab_size)
+    return Head(linear, scale, None if softcap is None else float(softcap), min(vocabulary or width, width))
+
+
+def stop_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Every id that ends an answer: eos_token_id of generation_config.json, and the tokenizer's eos."""
+    path = folder / "generation_config.json"
+    given = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.exists() else None
+    listed = given if isinstance(given, list) else [] if given is None else [given]
+    return tuple(sorted({*listed, tokenizer.eos_token_id}))
+
+
+# --- What a model says about rows.
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded rows without their last token, which predicts nothing that is asked."""
+
+    input_ids: torch.Tensor
+    """int64 [rows, length]"""
+    attention_mask: torch.Tensor
+    """int64 [rows, length]"""
+    answers: torch.Tensor
+    """bool [rows, length]: positions whose logits predict an answer token"""
+
+
+def pad_rows(rows: Sequence[Row], *, pad_id: int) -> Batch:
+    """Rows as one batch. What `pad_id` is does not matter: padding is masked by position."""
+    width = max(len(row.token_ids) for row in rows) - 1
+    ids = torch.full((len(rows), width), pad_id)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    answers = torch.zeros((len(rows), width), dtype=torch.bool)
+    for at, row in enumerate(rows):
+        length = len(row.token_ids) - 1
+        ids[at, :length] = torch.tensor(row.token_ids[:-1])
+        mask[at, :length] = 1
+        answers[at, len(row.prompt_ids) - 1 : length] = True
+    return Batch(ids, mask, answers)
+
+
+def answer_states(model: Model, rows: Sequence[Row]) -> Iterator[torch.Tensor]:
+    """One forward pass: for each row the hidden states [answer tokens, H] that predict its answer."""
+    batch = pad_rows(rows, pad_id=0)
+    hidden = backbone(model)(
+        input_ids=batch.input_ids.to(model.device),
+        attention_mask=batch.attention_mask.to(model.device),
+        use_cache=False,
+    ).last_hidden_state
+    for at in range(len(rows)):
+        yield hidden[at][batch.answers[at].to(hidden.device)]
+
+
+def batches_in_order(rows: Sequence[Row], *, batch_tokens: int) -> Iterator[list[Row]]:
+    """Neighbouring rows whose padded size stays within `batch_tokens`; a longer row goes alone."""
+    batch: list[Row] = []
+    width = 0
+    for row in rows:
+        wider = max(width, len(row.token_ids))
+        if batch and wider * (len(batch) + 1) > batch_tokens:
+            yield batch
+            batch, wider = [], len(row.token_ids)
+        batch.append(row)
+        width = wider
+    if batch:
+        yield batch
+
+
+def answer_logprobs(model: Model, rows: Sequence[Row], *, batch_tokens: int) -> Iterator[np.ndarray[Any, Any]]:
+    """For each row, in order, float32 [answer tokens, vocabulary]: log-softmax of what predicts its answer."""
+    head = head_of(model)
+    for batch in batches_in_order(rows, batch_tokens=batch_tokens):
+        with torch.inference_mode():
+            states = list(answer_states(model, batch))
+        for state in states:
+            with torch.inference_mode():
+                parts = [head(part).log_softmax(-1).cpu().numpy() for part in torch.split(state, _CHUNK)]
+            yield np.concatenate(parts)
+
+
+def free_bytes(folder: Path) -> int:
+    """Free space on the disk of `folder`."""
+    stat = os.statvfs(folder)
+    return stat.f_bavail * stat.f_frsize

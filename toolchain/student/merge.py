@@ -1,0 +1,111 @@
+"""Fold a LoRA adapter into its base, in float32. Writes checkpoint/ and merge.json; both are compared."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file
+
+from toolchain.data.rows import Row, read_rows
+from toolchain.errors import GateError, ModelError
+from toolchain.recipe import Merge
+from toolchain.reporter import Reporter, bar
+from toolchain.student import load
+from toolchain.student.base import copy_tokenizer
+from toolchain.teacher.checkpoint import check_float16, check_space
+
+_MARK = "merged.json"
+_BATCH_TOKENS = 1024
+
+
+def run(settings: Merge, *, base: Path, adapter: Path, held_out: Path, out: Path, report: Reporter) -> dict[str, Any]:
+    """`base` is a checkpoint folder, `adapter` a PEFT folder, `held_out` a file of rows.
+
+    Raises ModelError (another base, a base that is itself merged, overflow), HostError (disk), and GateError when mean
+    KL(adapter ‖ merged) over the held-out answers is above `max_kl`.
+    """
+    if (base / _MARK).exists():
+        raise ModelError(f"{base}: is already a merged checkpoint", hint="merge onto the student's base instead")
+    started = time.perf_counter()
+    rows = read_rows(held_out)
+    checkpoint = out / "checkpoint"
+    checkpoint.mkdir()
+    dtype = torch.float16 if settings.dtype == "float16" else torch.float32
+    with bar(report, "merge", total=None, unit="file"):
+        merged = load_adapted(base, adapter).merge_and_unload(safe_merge=True)
+        # Tied weights are one parameter here, and stay one in the file.
+        for name, weight in merged.named_parameters():
+            if dtype == torch.float16:
+                check_float16(f"merged {name}", weight)
+            elif not bool(weight.isfinite().all()):
+                raise ModelError(f"merged {name}: not finite")
+        merged = merged.to(dtype)
+        merged.config._name_or_path = ""
+        check_space(out, int(sum(weight.nbytes for weight in merged.parameters()) * 1.05))
+        merged.save_pretrained(checkpoint)
+        del merged
+        copy_tokenizer(base, checkpoint)
+        (checkpoint / _MARK).write_text(json.dumps({"dtype": settings.dtype}) + "\n", encoding="utf-8")
+    figures = _compare(base, adapter, checkpoint, rows, report)
+    (out / "merge.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    if not figures["mean_kl"] <= settings.max_kl:
+        raise GateError(
+            f"merged model differs from the adapter: mean KL {figures['mean_kl']:.2e}, merge.max_kl is "
+            f"{settings.max_kl:.2e}",
+            hint="set merge.dtype = 'float32', or raise merge.max_kl if you accept the loss",
+        )
+    return {**figures, "dtype": settings.dtype, "seconds": time.perf_counter() - started}
+
+
+def load_adapted(base: Path, adapter: Path) -> Any:
+    """Base with adapter, in float32 on the CPU. Raises ModelError when the adapter is of another base."""
+    other = f"{adapter}: not an adapter for {base}"
+    hint = "merge onto the base that the adapter was trained on"
+    try:
+        config = PeftConfig.from_pretrained(str(adapter))
+        stored = load_file(adapter / "adapter_model.safetensors")
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(f"{adapter}: the adapter cannot be read: {error}") from error
+    model, _ = load.load_model(base, dtype=torch.float32, device="cpu")
+    # PEFT leaves layers of the base that the adapter lacks at zero, and drops those that the base lacks.
+    try:
+        adapted = PeftModel(model, config)
+    except ValueError as error:
+        raise ModelError(f"{other}: {error}", hint=hint) from error
+    wanted = {
+        name.replace(".default.", "."): tuple(weight.shape)
+        for name, weight in adapted.named_parameters()
+        if ".lora_" in name
+    }
+    found = {name: tuple(weight.shape) for name, weight in stored.items()}
+    unlike = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    if unlike:
+        name = unlike[0]
+        raise ModelError(
+            f"{other}: {name} is {found.get(name, 'missing')} there, {wanted.get(name, 'missing')} by the base",
+            hint=hint,
+        )
+    adapted.load_adapter(str(adapter), adapter_name="default", is_trainable=False)
+    return adapted.eval()
+
+
+def _compare(base: Path, adapter: Path, checkpoint: Path, rows: list[Row], report: Reporter) -> dict[str, Any]:
+    """Mean KL(adapter ‖ merged) in nats per answer token and share of tokens with the same likeliest id."""
+    with_adapter = load_adapted(base, adapter)
+    merged, _ = load.load_model(checkpoint, dtype=torch.float32, device="cpu")
+    total, same, tokens = 0.0, 0, 0
+    with bar(report, "compare adapter and merged", total=len(rows), unit="row") as task:
+        for p, q in zip(
+            load.answer_logprobs(with_adapter, rows, batch_tokens=_BATCH_TOKENS),
+            load.answer_logprobs(merged, rows, batch_tokens=_BATCH_TOKENS),
+            strict=True,
+        ):
+            total += float((np.exp(p) * (p - q)).sum(dtype=np.float64))
+            same += int((p.argmax(-1) == q.argmax(-1)).sum())
+            tokens += len(p)
+            task.advance()
+    return {"mean_kl": total / tokens, "top1_agreement": same / tokens, "answer_tokens": tokens, "rows": len(rows)}

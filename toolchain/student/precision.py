@@ -1,0 +1,44 @@
+"""Which number types a processor runs well."""
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+
+
+def pick_device() -> torch.device:
+    """The first GPU, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the processor has instructions for bfloat16 products; without them it is slower than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if sys.platform != "linux":
+        return False
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        name, _, flags = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return not _BF16_FLAGS.isdisjoint(flags.split())
+    return False
+
+
+def autocast_type(precision: Literal["auto", "float32", "bfloat16"], device: torch.device) -> torch.dtype | None:
+    """The autocast type of a training step; None is plain float32."""
+    if precision == "bfloat16" or (precision == "auto" and has_bfloat16(device)):
+        return torch.bfloat16
+    return None
+
+
+def weights_type(device: torch.device) -> torch.dtype:
+    """How weights are held where they are trained, scored or merged: float32 on a CPU, bfloat16 on a GPU."""
+    return torch.bfloat16 if device.type == "cuda" and has_bfloat16(device) else torch.float32
+
+
+def decoding_type(device: torch.device) -> torch.dtype:
+    """How weights are held for decoding, which is bound by reading them: 16 bits where the processor can."""
+    return torch.bfloat16 if has_bfloat16(device) else torch.float32
