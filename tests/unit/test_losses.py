@@ -1,12 +1,16 @@
 """The distillation loss against a dense float64 reference: values and gradients."""
 
 import math
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-torch = pytest.importorskip("torch")
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = pytest.importorskip("torch")
 
-from toolchain.student.losses import Loss, Teacher, distillation_loss, top_k_kl  # noqa: E402
+from toolchain.student.losses import Loss, Teacher, distillation_loss, top_k_kl
 
 VOCABULARY, WIDTH, POSITIONS = 37, 8, 11
 
@@ -19,6 +23,15 @@ def _inputs(spread: float = 2.0) -> tuple["torch.Tensor", "torch.Tensor", "torch
     labels = torch.randint(0, VOCABULARY, (POSITIONS,), generator=generator)
     teacher = torch.randn(POSITIONS, VOCABULARY, generator=generator, dtype=torch.float64) * spread
     return hidden, weight, labels, teacher
+
+
+def _backward(value: Any) -> None:
+    value.backward()
+
+
+def _gradient(leaf: "torch.Tensor") -> "torch.Tensor":
+    assert leaf.grad is not None
+    return leaf.grad
 
 
 def _top(teacher: "torch.Tensor", temperature: float, counts: "torch.Tensor") -> Teacher:
@@ -66,7 +79,7 @@ def test_value_and_gradient_are_those_of_the_dense_reference(
     hidden, weight, labels, teacher = _inputs()
     reference = hidden.clone().requires_grad_()
     expected = _dense(reference, weight, labels, teacher, COUNTS, temperature, ce_weight, kl_weight)
-    expected.backward()
+    _backward(expected)
     hidden.requires_grad_()
     loss = distillation_loss(
         hidden,
@@ -79,11 +92,11 @@ def test_value_and_gradient_are_those_of_the_dense_reference(
         tokens=POSITIONS,
         chunk=4,
     )
-    loss.total.backward()
+    _backward(loss.total)
     assert loss.total.item() == pytest.approx(expected.item(), rel=1e-10)
-    assert torch.allclose(hidden.grad, reference.grad, rtol=1e-8, atol=1e-10)
+    assert torch.allclose(_gradient(hidden), _gradient(reference), rtol=1e-8, atol=1e-10)
     parts = ce_weight * loss.ce + kl_weight * temperature**2 * loss.kl
-    assert float(parts) == pytest.approx(expected.item(), rel=1e-6)
+    assert parts.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_all_ids_kept_is_the_exact_kl() -> None:
@@ -99,9 +112,9 @@ def test_a_student_that_is_the_teacher_has_no_kl_and_no_gradient() -> None:
     student = teacher.clone().requires_grad_()
     top = _top(teacher, 2.0, COUNTS)
     kl = top_k_kl(student / 2.0, top.ids, top.logprobs)
-    kl.sum().backward()
+    _backward(kl.sum())
     assert kl.abs().max() < 1e-12
-    assert student.grad.abs().max() < 1e-12
+    assert _gradient(student).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 11, 512])
@@ -121,9 +134,8 @@ def test_the_size_of_chunks_does_not_change_the_result(chunk: int) -> None:
             tokens=100.0,
             chunk=size,
         )
-        loss.total.backward()
-        assert leaf.grad is not None
-        results.append((loss, leaf.grad))
+        _backward(loss.total)
+        results.append((loss, _gradient(leaf)))
     assert torch.allclose(results[0][0].total, results[1][0].total, rtol=1e-5)
     assert torch.allclose(results[0][1], results[1][1], rtol=1e-4, atol=1e-7)
 
@@ -148,9 +160,9 @@ def test_loss_and_gradient_stay_finite_in_float32(temperature: float, spread: fl
         kl_weight=0.5,
         tokens=POSITIONS,
     )
-    loss.total.backward()
+    _backward(loss.total)
     assert torch.isfinite(loss.total)
-    assert torch.isfinite(hidden.grad).all()
+    assert torch.isfinite(_gradient(hidden)).all()
 
 
 def test_a_batch_without_answer_tokens_gives_zero_and_zero_gradients() -> None:
@@ -166,10 +178,9 @@ def test_a_batch_without_answer_tokens_gives_zero_and_zero_gradients() -> None:
         kl_weight=0.5,
         tokens=1.0,
     )
-    loss.total.backward()
+    _backward(loss.total)
     assert loss.total.item() == 0.0
-    assert hidden.grad is not None
-    assert not hidden.grad.any()
+    assert not _gradient(hidden).any()
 
 
 def test_logits_of_all_positions_never_exist_at_once() -> None:
@@ -181,8 +192,8 @@ def test_logits_of_all_positions_never_exist_at_once() -> None:
         seen.append(part.shape[0])
         return part @ weight.T
 
-    options = {"temperature": 2.0, "ce_weight": 0.5, "kl_weight": 0.5, "tokens": 11.0, "chunk": 4}
+    options: dict[str, Any] = {"temperature": 2.0, "ce_weight": 0.5, "kl_weight": 0.5, "tokens": 11.0, "chunk": 4}
     loss = distillation_loss(hidden, head, labels, _top(teacher, 2.0, COUNTS), **options)
     assert seen == [4, 4, 3]
-    loss.total.backward()
+    _backward(loss.total)
     assert sorted(seen[3:]) == [3, 4, 4], "the backward pass computes each chunk again"

@@ -89,6 +89,7 @@ def run(bundle: files.Bundle, options: Options, say: Callable[[str], None]) -> d
     options.check(int(model["context"]) // int(model["parallel"]))
     threads = serve.threads(bundle)
     before = probe.probe()
+    _warn_if_busy(say)
     started = time.time()
     record = _Record()
     _llama_bench(bundle, options, threads, record, say)
@@ -124,6 +125,14 @@ def run(bundle: files.Bundle, options: Options, say: Callable[[str], None]) -> d
         "memory": memory,
         "metrics": record.metrics,
     }
+
+
+def _warn_if_busy(say: Callable[[str], None]) -> None:
+    """Threads that wait for each other crawl when one of them has no processor to itself: say so before the wait."""
+    with meter.ForeignCpu() as foreign:
+        time.sleep(1)
+    if foreign.share > _MAX_FOREIGN_SHARE:
+        say(f"other programs use {foreign.share:.0%} of the processors: this will be slow, and inconclusive")
 
 
 def summary(samples: Sequence[float]) -> dict[str, Any]:
@@ -188,7 +197,9 @@ def _as_served(bundle: files.Bundle, options: Options, record: _Record, say: Cal
         prompts = [_prompt(client, options.prompt_tokens, seed) for seed in range(options.repetitions + 1)]
         _ask(client, prompts[0], options.generated_tokens)
         with record.metered("as served"):
-            answers = [_ask(client, prompt, options.generated_tokens) for prompt in prompts[1:]]
+            for number, prompt in enumerate(prompts[1:], start=1):
+                answers.append(_ask(client, prompt, options.generated_tokens))
+                say(f"as served: {number} of {options.repetitions}")
         memory = meter.memory_bytes(server.pid)
     record.add("ttft_s", "s", [answer.ttft_s for answer in answers])
     record.add("tpot_s", "s", [answer.tpot_s for answer in answers])

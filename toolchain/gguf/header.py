@@ -77,8 +77,8 @@ class GgufFacts:
     """None leaves it to llama.cpp, which adds bos for SentencePiece vocabularies and not for others."""
     add_eos: bool | None
     missing_bytes: int | None
-    """How many of the 256 bytes no token stands for; None for tokenizers that have no byte tokens. llama.cpp ends the
-    process when it meets such a byte in a text."""
+    """How many of the 256 bytes no token of a SentencePiece vocabulary stands for; None for other kinds. llama.cpp ends
+    the process when it meets such a byte in a text."""
     chat_template: str | None
     chat_template_sha256: str | None
     """SHA-256 of the template's UTF-8 bytes, in hex."""
@@ -245,15 +245,11 @@ def _list(cursor: _Cursor, key: str) -> list[bytes]:
 
 
 def _missing_bytes(tokenizer: str | None, tokens: list[bytes]) -> int | None:
-    """Bytes that llama_vocab::byte_to_token would not find, by its own rules."""
+    """Bytes that llama_vocab::byte_to_token would not find in a SentencePiece vocabulary: as <0x41> or as itself."""
+    if tokenizer != "llama":
+        return None
     have = set(tokens)
-    if tokenizer == "llama":  # SentencePiece: <0x41>, or the byte itself
-        return sum(b"<0x%02X>" % byte not in have and bytes([byte]) not in have for byte in range(256))
-    if tokenizer == "gpt2":  # byte-level BPE: printable stand-ins for the bytes, numbered as GPT-2 did
-        plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-        stand_ins = [chr(byte) for byte in plain] + [chr(256 + i) for i in range(256 - len(plain))]
-        return sum(stand_in.encode() not in have for stand_in in stand_ins)
-    return None
+    return sum(b"<0x%02X>" % byte not in have and bytes([byte]) not in have for byte in range(256))
 
 
 def _tensor_bytes(kind: GGMLQuantizationType, shape: tuple[int, ...]) -> int:

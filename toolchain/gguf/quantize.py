@@ -76,11 +76,10 @@ def run(
     _check_free(out, needed)
     try:
         lines = quantize(target, dry_run=False, label=f"quantizing to {settings.file_type}")
-    except ExternalToolError:
-        # llama-quantize does not say why it cannot write.
-        written = target.stat().st_size if target.exists() else 0
+    except (ExternalToolError, OSError):
+        # llama-quantize does not say why it cannot write, and on a full disk its log cannot be written either.
         target.unlink(missing_ok=True)
-        _check_free(out, needed - written)
+        _check_free(out, needed)
         raise
     facts = read_facts(target)
     record = describe(settings.file_type, facts, fallbacks_of(lines, facts, settings.file_type))

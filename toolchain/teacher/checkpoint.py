@@ -14,6 +14,7 @@ from toolchain.errors import HostError, ModelError, RecipeError
 from toolchain.recipe import SpecialTokens, Teacher
 from toolchain.reporter import Reporter, bar
 from toolchain.student import load
+from toolchain.teacher import gguf_tokenizer
 
 _ROLES = ("bos", "eos", "pad", "unk")
 _FLOAT16_MAX = torch.finfo(torch.float16).max
@@ -99,7 +100,7 @@ def _read_types(path: Path) -> dict[str, int]:
 def _unpack(path: Path, special: SpecialTokens, checkpoint: Path) -> None:
     source: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, **source)
+        tokenizer = gguf_tokenizer.read_bpe(path) or AutoTokenizer.from_pretrained(path.parent, **source)
         model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **source)
     except (ValueError, KeyError, NotImplementedError, OSError, RuntimeError, TypeError) as error:
         raise ModelError(
