@@ -26,6 +26,7 @@ from toolchain.errors import ArtifactError, HostError
 
 MANIFEST = "manifest.json"
 RESUME = "resume"
+LOGS = "logs"
 REFERENCE = "reference.json"
 SCHEMA_VERSION = 1
 _BLOCK = 1 << 20
@@ -203,7 +204,7 @@ def commit(final: Path, order: Order, *, metrics: dict[str, Any], started_s: flo
         files = {
             str(path.relative_to(partial)): path
             for path in sorted(partial.rglob("*"))
-            if path.is_file() and path.relative_to(partial).parts[0] not in (RESUME, MANIFEST)
+            if path.is_file() and path.relative_to(partial).parts[0] not in (RESUME, LOGS, MANIFEST)
         }
         if not files:
             raise ArtifactError(f"stage {order.stage} left no files")
@@ -226,7 +227,8 @@ def commit(final: Path, order: Order, *, metrics: dict[str, Any], started_s: flo
         for path in files.values():
             _sync(path)
         write_atomic(partial / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
-        shutil.rmtree(partial / RESUME, ignore_errors=True)
+        for name in (RESUME, LOGS):
+            shutil.rmtree(partial / name, ignore_errors=True)
         _sync(partial)
         partial.rename(final)
         _sync(final.parent)

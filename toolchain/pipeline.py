@@ -13,9 +13,6 @@ from typing import Any
 
 from pydantic import Field
 
-from toolchain.artifact import (
-    RESUME,
-)
 from toolchain.errors import ArtifactError, HostError, RecipeError
 from toolchain.evaluate.gates import GateLimits, check_gates
 from toolchain.recipe import (
@@ -322,7 +319,7 @@ GOLDEN_PROMPTS = 8
 
 def bundle_of(artifact: Path) -> Path:
     """The bundle directory inside a `bundle` artifact."""
-    found = [path for path in artifact.iterdir() if path.is_dir() and path.name != RESUME]
+    found = [path for path in artifact.iterdir() if path.is_dir()]
     if len(found) != 1:
         raise ArtifactError(f"{artifact}: holds {len(found)} bundles, not one", hint="remove it and run `bundle` again")
     return found[0]

@@ -132,8 +132,9 @@ class Distill(Settings):
 class Merge(Settings):
     """Base + adapter, folded in fp32."""
 
-    dtype: Literal["float16", "float32"] = "float16"
-    """Stored type. float16 is checked for overflow; bfloat16 is not offered, since it rounds a small adapter away."""
+    dtype: Literal["auto", "float16", "float32"] = "auto"
+    """Stored type. "auto" is float16 where that holds the adapter within `max_kl`, and float32 where it does not.
+    bfloat16 is not offered, since it rounds a small adapter away."""
     max_kl: PositiveFloat = 1e-5
     """Gate: mean KL(adapter ‖ merged) on the held-out answers."""
 

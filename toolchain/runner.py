@@ -1,6 +1,7 @@
 """Whether a stage is reused, resumed or run, and running it. `ls work/` is the state: no database, no index."""
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -164,8 +165,9 @@ class Pipeline:
         order = Order(stage.name, stage.version, settings.model_dump(mode="json"), digests)
         final = self.work / step.folder / order.fingerprint[:16]
         if final.exists():
-            # What a bundle ships is read again in full: a bit that flipped on the disk must not leave the house.
             artifact = open_artifact(final, expect=order.fingerprint, verify=verify)
+            if _refers_elsewhere(artifact, inputs):
+                return Planned(step, "run", "the model has moved", order, inputs, final)
             self._done[step.name] = artifact
             return Planned(step, "reuse", "unchanged", order, inputs, final, artifact)
         resume = partial_of(final) / RESUME
@@ -228,6 +230,7 @@ class Pipeline:
         assert planned.inputs is not None
         step, order, final = planned.step, planned.order, planned.final
         if step.stage.name == "bundle":
+            # What is shipped is read again in full: a bit that flipped on the disk must not leave the house.
             for name in ("quantize", "evaluate", "generate"):
                 open_artifact(self._done[name].path, verify=True)
         partial, _ = clean_partial(final)
@@ -240,9 +243,18 @@ class Pipeline:
         }
         log = self.work / "logs" / f"{step.folder}.log"
         metrics = run_in_worker(job, log=log, report=report)
+        if final.exists():  # a reference to where the model was before
+            shutil.rmtree(final)
         artifact = commit(final, order, metrics=metrics, started_s=started_s, tools=base_tools())
         self._done[step.name] = artifact
         return Planned(step, "run", planned.why, order, planned.inputs, final, artifact)
+
+
+def _refers_elsewhere(artifact: Artifact, inputs: Mapping[str, Path]) -> bool:
+    if set(artifact.manifest.files) != {REFERENCE}:
+        return False
+    path = json.loads((artifact.path / REFERENCE).read_text(encoding="utf-8"))["path"]
+    return bool(path != str(inputs["model"].resolve()))
 
 
 def _cmake_of(step: Step) -> Mapping[str, str | bool]:

@@ -173,7 +173,10 @@ def test_a_second_run_in_one_work_folder_is_told_who_holds_it(tmp_path: Path) ->
     other.start()
     try:
         assert held.wait(30)
-        with pytest.raises(HostError, match=rf"in use by process {other.pid} .*run other\.toml"), lock(tmp_path, what=""):
+        with (
+            pytest.raises(HostError, match=rf"in use by process {other.pid} .*run other\.toml"),
+            lock(tmp_path, what=""),
+        ):
             pass
     finally:
         release.set()

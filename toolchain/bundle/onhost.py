@@ -62,7 +62,7 @@ def _edgectl(bundle: Path, arguments: list[str], *, out: Path, stdout: Path, rep
     """`python3 -I -S edgectl …` with an empty environment, by the interpreter below our virtual environment."""
     python = getattr(sys, "_base_executable", sys.executable)
     env = ["env", "-i", "PATH=/usr/bin:/bin", "HOME=/nonexistent", "LANG=C.UTF-8"]
-    log = out / "resume" / "edgectl.log"
+    log = out / "logs" / "edgectl.log"
     process.run(
         [*env, python, "-I", "-S", str(bundle / "edgectl"), *arguments], log=log, stdout=stdout, on_line=report.line
     )

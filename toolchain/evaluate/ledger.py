@@ -107,9 +107,10 @@ def run(
     """Score every form on the held-out rows and write out/ledger.json. Raises HostError, ModelError."""
     rows = read_rows(inputs["held_out"])
     forms = _forms(inputs, rows, llama, batch_tokens)
-    scratch_folder = out / "resume"  # inside the partial directory and never part of the artifact
-    scratch_folder.mkdir(exist_ok=True)
+    scratch_folder = out / "scratch"
+    scratch_folder.mkdir()
     ledger_rows = score_forms(forms, rows, _vocabulary(inputs), scratch_folder, report)
+    scratch_folder.rmdir()
     facts = json.loads(inputs["quantize_facts"].read_text(encoding="utf-8"))
     ledger = {
         "schema_version": SCHEMA_VERSION,

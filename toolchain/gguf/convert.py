@@ -56,7 +56,7 @@ def run(*, model: Path, name: str, llama: LlamaCpp, out: Path, report: Reporter)
     check_checkpoint(model)
     started = time.perf_counter()
     target = out / OUTPUT
-    log = out / "resume" / "convert.log"
+    log = out / "logs" / "convert.log"
     with bar(report, "converting to GGUF", total=100, unit="%") as task, tempfile.TemporaryDirectory() as folder:
         # The converter reads a name, a version and a size out of the folder's name: give it one that is the recipe's.
         named = Path(folder) / name
@@ -81,6 +81,7 @@ def run(*, model: Path, name: str, llama: LlamaCpp, out: Path, report: Reporter)
     facts = read_facts(target)
     probes = check_tokenizer(target, facts, model=model, llama=llama)
     return {
+        "summary": f"{facts.file_bytes / 1e6:.1f} MB, {probes} texts tokenized as in the checkpoint",
         "seconds": round(seconds, 3),
         "file_bytes": facts.file_bytes,
         "parameters": facts.parameters,

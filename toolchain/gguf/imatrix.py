@@ -41,7 +41,7 @@ def run(
     (out / TEXT).write_text(render(taken, tokenizer), encoding="utf-8")
     available = tokens // settings.context
     chunks = available if settings.max_chunks is None else min(settings.max_chunks, available)
-    log = out / "resume" / "imatrix.log"
+    log = out / "logs" / "imatrix.log"
     non_finite: list[str] = []
     with bar(report, "importance matrix", total=chunks, unit="chunk") as task:
         done = computed = 0
@@ -76,6 +76,7 @@ def run(
         cause = non_finite[0] if non_finite else f"wrote no {OUTPUT}"
         raise ExternalToolError(f"llama-imatrix: {cause}", hint=f"full output: {log}")
     return {
+        "summary": f"{computed} chunks of {settings.context} tokens",
         "seconds": round(time.perf_counter() - started, 3),
         "rows": len(taken),
         "tokens": tokens,

@@ -51,7 +51,7 @@ def run(
     """
     started = time.perf_counter()
     source = read_facts(gguf)
-    target, log = out / OUTPUT, out / "resume" / "quantize.log"
+    target, log = out / OUTPUT, out / "logs" / "quantize.log"
     program = llama.program("llama-quantize")
 
     def quantize(target: Path, *, dry_run: bool, label: str) -> list[str]:
@@ -84,7 +84,16 @@ def run(
     facts = read_facts(target)
     record = describe(settings.file_type, facts, fallbacks_of(lines, facts, settings.file_type))
     (out / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return {**record, "seconds": round(time.perf_counter() - started, 3), "source_bytes": source.file_bytes}
+    summary = (
+        f"{record['file_type']}: {record['bits_per_weight']:.2f} bits per weight, {record['file_bytes'] / 1e6:.1f} MB, "
+        f"{len(record['fallbacks'])} of {record['tensors']} tensors of another type than asked for"
+    )
+    return {
+        **record,
+        "summary": summary,
+        "seconds": round(time.perf_counter() - started, 3),
+        "source_bytes": source.file_bytes,
+    }
 
 
 def quantize_argv(

@@ -46,7 +46,9 @@ def prepare(settings: Student, *, model: Path, out: Path, report: Reporter) -> d
     text = json.dumps(_cut_config(config, settings.keep_layers), indent=2, sort_keys=True)
     (checkpoint / "config.json").write_text(text + "\n", encoding="utf-8")
     copy_tokenizer(model, checkpoint)
-    return {**load.validate(checkpoint), "layers_before": layers, "layers": len(settings.keep_layers)}
+    figures, kept = load.validate(checkpoint), len(settings.keep_layers)
+    summary = f"{kept} of {layers} layers, {figures['parameters'] / 1e6:.1f} M parameters"
+    return {"summary": summary, **figures, "layers_before": layers, "layers": kept}
 
 
 def copy_tokenizer(source: Path, checkpoint: Path) -> None:

@@ -97,16 +97,20 @@ def run(
         for entry in history:
             file.write(json.dumps({name: entry[name] for name in _LOGGED}) + "\n")
     save_adapter(model, out / "adapter")
+    first, last = ({name: entry[name] for name in ("loss", "ce", "kl")} for entry in (history[0], history[-1]))
+    speed = trainer.tokens_seen / seconds if steps > done else None
     return {
+        "summary": f"loss {first['loss']:.3f} → {last['loss']:.3f} in {steps} steps"
+        + (f", {speed:.0f} tokens/s" if speed else ""),
         "steps": steps,
         "steps_resumed": done,
         "rows": len(examples),
         "trainable_parameters": sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
-        "first": {name: history[0][name] for name in ("loss", "ce", "kl")},
-        "last": {name: history[-1][name] for name in ("loss", "ce", "kl")},
+        "first": first,
+        "last": last,
         "seconds": seconds,
         "tokens": trainer.tokens_seen,
-        "tokens_per_second": trainer.tokens_seen / seconds if steps > done else None,
+        "tokens_per_second": speed,
         "peak_memory_bytes": _peak_memory(device),
         "engine": "transformers",
         "device": str(device),

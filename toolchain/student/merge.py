@@ -1,6 +1,7 @@
 """Fold a LoRA adapter into its base, in float32. Writes checkpoint/ and merge.json; both are compared."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from toolchain.recipe import Merge
 from toolchain.reporter import Reporter, bar
 from toolchain.student import load
 from toolchain.student.base import copy_tokenizer
-from toolchain.teacher.checkpoint import check_float16, check_space
+from toolchain.teacher.checkpoint import check_space
 
 _MARK = "merged.json"
+_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 _BATCH_TOKENS = 1024
 
 
@@ -33,32 +35,52 @@ def run(settings: Merge, *, base: Path, adapter: Path, held_out: Path, out: Path
     started = time.perf_counter()
     rows = read_rows(held_out)
     checkpoint = out / "checkpoint"
-    checkpoint.mkdir()
-    dtype = torch.float16 if settings.dtype == "float16" else torch.float32
-    with bar(report, "merge", total=None, unit="file"):
-        merged = load_adapted(base, adapter).merge_and_unload(safe_merge=True)
-        # Tied weights are one parameter here, and stay one in the file.
-        for name, weight in merged.named_parameters():
-            if dtype == torch.float16:
-                check_float16(f"merged {name}", weight)
-            elif not bool(weight.isfinite().all()):
-                raise ModelError(f"merged {name}: not finite")
-        merged = merged.to(dtype)
-        merged.config._name_or_path = ""
-        check_space(out, int(sum(weight.nbytes for weight in merged.parameters()) * 1.05))
-        merged.save_pretrained(checkpoint)
-        del merged
-        copy_tokenizer(base, checkpoint)
-        (checkpoint / _MARK).write_text(json.dumps({"dtype": settings.dtype}) + "\n", encoding="utf-8")
-    figures = _compare(base, adapter, checkpoint, rows, report)
-    (out / "merge.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    tried: dict[str, dict[str, Any]] = {}
+    for dtype in ("float16", "float32") if settings.dtype == "auto" else (settings.dtype,):
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        checkpoint.mkdir()
+        with bar(report, f"merge in {dtype}", total=None, unit="file"):
+            overflow = _write(base, adapter, checkpoint, _DTYPES[dtype])
+        if overflow is not None and settings.dtype == "auto":
+            tried[dtype] = {"overflow": overflow}
+            continue
+        if overflow is not None:
+            raise ModelError(overflow, hint="set merge.dtype = 'float32'")
+        tried[dtype] = _compare(base, adapter, checkpoint, rows, report)
+        if tried[dtype]["mean_kl"] <= settings.max_kl:
+            break
+    figures = tried[dtype]
     if not figures["mean_kl"] <= settings.max_kl:
         raise GateError(
-            f"merged model differs from the adapter: mean KL {figures['mean_kl']:.2e}, merge.max_kl is "
-            f"{settings.max_kl:.2e}",
-            hint="set merge.dtype = 'float32', or raise merge.max_kl if you accept the loss",
+            f"merged model differs from the adapter: mean KL {figures['mean_kl']:.2e} stored as {dtype}, merge.max_kl "
+            f"is {settings.max_kl:.2e}",
+            hint="set merge.dtype = 'auto' or 'float32', or raise merge.max_kl if you accept the loss",
         )
-    return {**figures, "dtype": settings.dtype, "seconds": time.perf_counter() - started}
+    result = {"dtype": dtype, **figures, "tried": tried}
+    (out / "merge.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return {
+        **result,
+        "seconds": time.perf_counter() - started,
+        "summary": f"stored as {dtype}, KL(adapter ‖ merged) {figures['mean_kl']:.1e}",
+    }
+
+
+def _write(base: Path, adapter: Path, checkpoint: Path, dtype: torch.dtype) -> str | None:
+    """Fold in float32 and store as `dtype`; what overflows float16 comes back as a message. Raises ModelError."""
+    merged = load_adapted(base, adapter).merge_and_unload(safe_merge=True)
+    # Tied weights are one parameter here, and stay one in the file.
+    for name, weight in merged.named_parameters():
+        if not bool(weight.isfinite().all()):
+            raise ModelError(f"merged {name}: not finite", hint="the adapter is damaged, or its training diverged")
+        if dtype == torch.float16 and float(weight.abs().max()) > torch.finfo(torch.float16).max:
+            return f"merged {name}: {float(weight.abs().max()):.3g} is more than float16 can hold"
+    merged = merged.to(dtype)
+    merged.config._name_or_path = ""
+    check_space(checkpoint, int(sum(weight.nbytes for weight in merged.parameters()) * 1.05))
+    merged.save_pretrained(checkpoint)
+    copy_tokenizer(base, checkpoint)
+    (checkpoint / _MARK).write_text(json.dumps({"dtype": str(dtype).removeprefix("torch.")}) + "\n", encoding="utf-8")
+    return None
 
 
 def load_adapted(base: Path, adapter: Path) -> Any:

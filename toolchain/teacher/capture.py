@@ -77,9 +77,11 @@ def run(
             seconds += time.perf_counter() - started
             tokens += sum(len(row.token_ids) for row in members)
     size = writer.finish(len(shards))
+    bytes_per_token = size["bytes"] / size["tokens"]
     return {
+        "summary": f"{size['tokens']} answer tokens, {bytes_per_token:.0f} bytes each; vocabulary {comparison.verdict}",
         **size,
-        "bytes_per_token": size["bytes"] / size["tokens"],
+        "bytes_per_token": bytes_per_token,
         "entries_per_token": size["entries"] / size["tokens"],
         "verdict": comparison.verdict,
         "reasons": list(comparison.reasons),

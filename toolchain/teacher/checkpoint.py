@@ -26,7 +26,7 @@ def prepare(settings: Teacher, *, model: Path, out: Path, report: Reporter) -> d
         metrics = load.validate(model)
         _check_special_tokens(settings.special_tokens, model)
         load.write_reference(out, model)
-        return {"source": "folder", **metrics}
+        return {"summary": f"{metrics['parameters'] / 1e6:.1f} M parameters", "source": "folder", **metrics}
     if model.suffix != ".gguf":
         raise ModelError(f"{model}: neither a folder nor a .gguf file", hint="teacher.model is one of the two")
     _check_sha256(model, settings.sha256, report)
@@ -35,7 +35,9 @@ def prepare(settings: Teacher, *, model: Path, out: Path, report: Reporter) -> d
     checkpoint.mkdir()
     with bar(report, f"unpack {model.name}", total=None, unit="file"):
         _unpack(model, settings.special_tokens, checkpoint)
-    return {"source": "gguf", "gguf_tensor_types": types, **load.validate(checkpoint)}
+    metrics = load.validate(checkpoint)
+    summary = f"{metrics['parameters'] / 1e6:.1f} M parameters, unpacked from {', '.join(types)} to float16"
+    return {"summary": summary, "source": "gguf", "gguf_tensor_types": types, **metrics}
 
 
 def check_float16(name: str, tensor: torch.Tensor) -> None:

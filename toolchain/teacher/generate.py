@@ -117,9 +117,12 @@ def run(
                 hint="raise data.max_length or generate.max_new_tokens, or look at the questions",
             )
         write_rows(out / f"{name}.jsonl", kept[name])
+    sizes = {name: len(kept[name]) for name in SETS}
+    summary = f"{sizes['train']} rows to train on, {sizes['held_out']} held out, {sum(counts.values())} dropped"
     return {
+        "summary": summary,
         "answers": settings.answers,
-        "rows": {name: len(kept[name]) for name in SETS},
+        "rows": sizes,
         "dropped": counts,
         "prompt_tokens": sum(len(row.prompt_ids) for name in SETS for row in kept[name]),
         "answer_tokens": sum(len(row.answer_ids) for name in SETS for row in kept[name]),
