@@ -68,13 +68,15 @@ def _dense(
     return total / len(labels)
 
 
+ROUTES = pytest.mark.parametrize("one_pass", [False, True], ids=["again in backward", "one pass"])
 COUNTS = torch.tensor([1, 2, 3, 5, 8, 13, 20, 30, 36, 37, 4])
 
 
+@ROUTES
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 8.0])
 @pytest.mark.parametrize(("ce_weight", "kl_weight"), [(0.5, 0.5), (0.0, 1.0), (1.0, 0.0)])
 def test_value_and_gradient_are_those_of_the_dense_reference(
-    temperature: float, ce_weight: float, kl_weight: float
+    temperature: float, ce_weight: float, kl_weight: float, one_pass: bool
 ) -> None:
     hidden, weight, labels, teacher = _inputs()
     reference = hidden.clone().requires_grad_()
@@ -86,6 +88,7 @@ def test_value_and_gradient_are_those_of_the_dense_reference(
         lambda part: part @ weight.T,
         labels,
         _top(teacher, temperature, COUNTS),
+        weight=weight if one_pass else None,
         temperature=temperature,
         ce_weight=ce_weight,
         kl_weight=kl_weight,
@@ -97,6 +100,8 @@ def test_value_and_gradient_are_those_of_the_dense_reference(
     assert torch.allclose(_gradient(hidden), _gradient(reference), rtol=1e-8, atol=1e-10)
     parts = ce_weight * loss.ce + kl_weight * temperature**2 * loss.kl
     assert parts.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert not loss.ce.requires_grad
+    assert not loss.kl.requires_grad
 
 
 def test_all_ids_kept_is_the_exact_kl() -> None:
@@ -117,8 +122,9 @@ def test_a_student_that_is_the_teacher_has_no_kl_and_no_gradient() -> None:
     assert _gradient(student).abs().max() < 1e-12
 
 
+@ROUTES
 @pytest.mark.parametrize("chunk", [1, 3, 11, 512])
-def test_the_size_of_chunks_does_not_change_the_result(chunk: int) -> None:
+def test_the_size_of_chunks_does_not_change_the_result(chunk: int, one_pass: bool) -> None:
     hidden, weight, labels, teacher = (tensor.float() if tensor.is_floating_point() else tensor for tensor in _inputs())
     results: list[tuple[Loss, torch.Tensor]] = []
     for size in (POSITIONS, chunk):
@@ -128,6 +134,7 @@ def test_the_size_of_chunks_does_not_change_the_result(chunk: int) -> None:
             lambda part: part @ weight.T,
             labels,
             _top(teacher, 2.0, COUNTS),
+            weight=weight if one_pass else None,
             temperature=2.0,
             ce_weight=0.3,
             kl_weight=0.7,
@@ -140,9 +147,10 @@ def test_the_size_of_chunks_does_not_change_the_result(chunk: int) -> None:
     assert torch.allclose(results[0][1], results[1][1], rtol=1e-4, atol=1e-7)
 
 
+@ROUTES
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 8.0])
 @pytest.mark.parametrize("spread", [1e-4, 1.0, 100.0, 1e4])
-def test_loss_and_gradient_stay_finite_in_float32(temperature: float, spread: float) -> None:
+def test_loss_and_gradient_stay_finite_in_float32(temperature: float, spread: float, one_pass: bool) -> None:
     hidden, weight, labels, teacher = _inputs(spread)
     hidden = (hidden * spread).float().requires_grad_()
     counts = torch.ones(POSITIONS, dtype=torch.long)
@@ -155,6 +163,7 @@ def test_loss_and_gradient_stay_finite_in_float32(temperature: float, spread: fl
         lambda part: part @ weight.float().T,
         labels,
         top,
+        weight=weight.float() if one_pass else None,
         temperature=temperature,
         ce_weight=0.5,
         kl_weight=0.5,

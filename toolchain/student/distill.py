@@ -301,6 +301,7 @@ class _Trainer(Trainer):  # type: ignore[misc]
                 self.head,
                 labels[live],
                 teacher,
+                weight=self.head.matrix,
                 temperature=self.settings.temperature,
                 ce_weight=self.settings.ce_weight,
                 kl_weight=self.settings.kl_weight,

@@ -224,6 +224,15 @@ class Head:
     softcap: float | None
     vocabulary: int
 
+    @property
+    def matrix(self) -> torch.Tensor | None:
+        """[vocabulary, H] where the head is that matrix and nothing more; None where it is not."""
+        if type(self.linear) is not nn.Linear or self.linear.bias is not None:
+            return None
+        if self.scale != 1.0 or self.softcap is not None:
+            return None
+        return self.linear.weight[: self.vocabulary]
+
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = self.linear(hidden)[..., : self.vocabulary].float()
         if self.scale != 1.0:
