@@ -131,7 +131,8 @@ def _quantization(facts: dict[str, Any]) -> str:
     if fallbacks:
         kinds: dict[str, int] = {}
         for item in fallbacks:
-            change = f"{item['wanted']} → {item['got']}"
+            # llama-quantize picks another type for output and embeddings without saying which it wanted.
+            change = f"{item['wanted'] or 'output or embeddings'} → {item['got']}"
             kinds[change] = kinds.get(change, 0) + 1
         listed = ", ".join(f"{count} × {change}" for change, count in sorted(kinds.items()))
         text += f" Fell back to another type, since their rows are not divisible by 256: {listed}."

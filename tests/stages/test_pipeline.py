@@ -5,14 +5,13 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.tiny import make_tiny_checkpoint
+from tests.stages.recipe_files import command, make_recipe, toolchain
 from toolchain.artifact import Manifest, lock, open_artifact
 from toolchain.errors import HostError
 from toolchain.gguf import llama_cpp
@@ -21,30 +20,6 @@ from toolchain.pipeline import STAGE_NAMES, host_cmake
 pytestmark = [pytest.mark.stages, pytest.mark.llama_cpp]
 
 UP_TO_GGUF = STAGE_NAMES[: STAGE_NAMES.index("evaluate") + 1]
-TOPICS = ("ls", "cp", "mv", "rm", "tail", "head", "find", "grep", "sort", "uniq", "wc", "cut", "tr", "ss", "git", "ps")
-RECIPE = """
-name = "tiny"
-[teacher]
-model = "teacher"
-[student]
-keep_layers = [0, 2]
-[data]
-train = "train.jsonl"
-held_out = "held_out.jsonl"
-max_length = 160
-[generate]
-answers = "dataset"
-[distill]
-epochs = 2
-batch_size = 4
-checkpoint_every_steps = 3
-precision = "float32"
-learning_rate = 1e-3
-[imatrix]
-context = 64
-[evaluate]
-max_kl_ratio = 1.5
-"""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,29 +28,6 @@ def _built() -> None:
         llama_cpp.find(host_cmake())
     except HostError as error:
         pytest.skip(f"{error.message}: {error.hint}")
-
-
-def make_recipe(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    make_tiny_checkpoint(folder / "teacher", layers=3)
-    for name, topics in (("train", TOPICS[:12]), ("held_out", TOPICS[12:])):
-        rows = [
-            {"question": f"What does the command {topic} do?", "answer": f"The command {topic} lists files, {number}."}
-            for number, topic in enumerate(topics)
-        ]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    path = folder / "recipe.toml"
-    path.write_text(RECIPE)
-    return path
-
-
-def toolchain(recipe: Path, verb: str, *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(recipe, verb, *options), capture_output=True, text=True, check=False)
-
-
-def command(recipe: Path, verb: str, *options: str) -> list[str]:
-    work = str(recipe.parent / "work")
-    return [sys.executable, "-m", "toolchain.cli", verb, str(recipe), "--work", work, *options]
 
 
 def digests(work: Path) -> dict[str, str]:

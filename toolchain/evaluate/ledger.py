@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from toolchain.data.rows import Row, read_rows
 from toolchain.errors import HostError, ModelError
@@ -83,9 +84,9 @@ class Sums:
 
 
 def kl_by_position(reference: Logprobs, logprobs: Logprobs) -> npt.NDArray[np.float64]:
-    """KL(reference ‖ logprobs) at each position, in nats; both [positions, vocabulary]."""
-    ratio = reference.astype(np.float64) - logprobs
-    kl: npt.NDArray[np.float64] = np.einsum("pv,pv->p", np.exp(reference, dtype=np.float64), ratio)
+    """KL(reference ‖ logprobs) at each position, in nats; both [positions, vocabulary]. Summed in float64."""
+    p, q = torch.from_numpy(reference), torch.from_numpy(logprobs)
+    kl: npt.NDArray[np.float64] = (p - q).mul_(p.exp()).sum(-1, dtype=torch.float64).numpy()
     return kl
 
 
@@ -151,10 +152,10 @@ def score_forms(
                 if own is not None:
                     own.values[at:end] = logprobs
                 nll -= float(logprobs[np.arange(len(logprobs)), list(row.answer_ids)].sum(dtype=np.float64))
-                teacher = logprobs if number == 0 else kept[forms[0].name].values[at:end]
+                teacher = logprobs if number == 0 else np.array(kept[forms[0].name].values[at:end])
                 by_row.append(to_teacher.add(teacher, logprobs))
                 if form.previous is not None:
-                    to_previous.add(kept[form.previous].values[at:end], logprobs)
+                    to_previous.add(np.array(kept[form.previous].values[at:end]), logprobs)
                 at = end
                 task.advance()
         if own is not None:
@@ -218,8 +219,6 @@ def _vocabulary(inputs: Mapping[str, Path]) -> int:
 
 
 def _forms(inputs: Mapping[str, Path], rows: Sequence[Row], llama: LlamaCpp, batch_tokens: int) -> list[Form]:
-    import torch
-
     from toolchain.student.load import answer_logprobs, load_model
     from toolchain.student.merge import load_adapted
     from toolchain.student.precision import decoding_type, pick_device

@@ -34,6 +34,8 @@ IGNORE = -100
 _WHOLE = "whole"
 _WINDOW = 16
 """Batches within which rows are sorted by length: less padding, and still another order in each epoch."""
+_CHUNK = {"cpu": 128, "cuda": 1024}
+"""Answer positions per use of the head. On a CPU, logits of this many still lie in memory that malloc keeps."""
 
 
 def run(
@@ -306,6 +308,7 @@ class _Trainer(Trainer):  # type: ignore[misc]
                 ce_weight=self.settings.ce_weight,
                 kl_weight=self.settings.kl_weight,
                 tokens=float(num_items_in_batch),
+                chunk=_CHUNK[device],
             )
         value = float(loss.total.detach())
         if not math.isfinite(value):
