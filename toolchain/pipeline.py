@@ -81,6 +81,8 @@ class Stage:
 class StudentSettings(Settings):
     student: Student
     from_teacher: bool
+    context: int
+    max_length: int
 
 
 class GenerateSettings(Settings):
@@ -174,7 +176,13 @@ def _teacher(settings: Teacher, inputs: Inputs, out: Path, report: Reporter) -> 
 
 def _student(settings: StudentSettings, inputs: Inputs, out: Path, report: Reporter) -> Metrics:
     from toolchain.student import base
+    from toolchain.student.load import read_config
 
+    # Said here, before hours of training, and not when the bundle is built.
+    positions = read_config(inputs["model"]).get("max_position_embeddings")
+    for key, tokens in (("bundle.context", settings.context), ("data.max_length", settings.max_length)):
+        if isinstance(positions, int) and tokens > positions:
+            raise RecipeError(f"{key} is {tokens}, the student was made for {positions} tokens", hint=f"lower {key}")
     return base.prepare(settings.student, model=inputs["model"], out=out, report=report)
 
 
@@ -374,7 +382,12 @@ STAGES: tuple[Stage, ...] = (
         "student",
         _student,
         StudentSettings,
-        settings=lambda recipe, _: StudentSettings(student=recipe.student, from_teacher=recipe.student.model is None),
+        settings=lambda recipe, _: StudentSettings(
+            student=recipe.student,
+            from_teacher=recipe.student.model is None,
+            context=recipe.bundle.context,
+            max_length=recipe.data.max_length,
+        ),
         inputs=lambda recipe: {"model": _student_source(recipe)},
     ),
     Stage(

@@ -214,6 +214,15 @@ class Recipe(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _bench_fits_the_context(self) -> Self:
+        tokens = self.bench.prompt_tokens + self.bench.generated_tokens
+        if tokens > self.bundle.context:
+            raise ValueError(
+                f"bench.prompt_tokens + bench.generated_tokens is {tokens}, bundle.context is {self.bundle.context}"
+            )
+        return self
+
     @property
     def capture_temperatures(self) -> tuple[float, ...]:
         """The temperatures the cache must serve, rising."""

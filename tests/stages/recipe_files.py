@@ -30,6 +30,13 @@ learning_rate = 1e-3
 context = 64
 [evaluate]
 max_kl_ratio = 1.5
+[bundle]
+context = 512
+[bench]
+prompt_tokens = 64
+generated_tokens = 16
+repetitions = 2
+cold_starts = 2
 """
 
 

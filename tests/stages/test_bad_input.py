@@ -75,7 +75,7 @@ def _a_gguf_teacher_that_is_cut(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (_train(""), ["train.jsonl", "empty"]),
+        (_train(""), ["train.jsonl", "no rows"]),
         (_train(ONE_ROW + '{"question": "And cp?", "answer": "  "}\n'), ["train.jsonl", "row 2", "answer"]),
         (_train(ONE_ROW + '{"question": "And cp?"}\n'), ["train.jsonl", "row 2", "answer"]),
         (_train(ONE_ROW + '{"frage": "Und cp?"}\n'), ["train.jsonl", "row 2"]),
@@ -107,10 +107,17 @@ def test_bad_input_is_one_error_that_names_it(recipe: Path, spoil: Callable[[Pat
 
 
 def test_a_layer_that_the_teacher_does_not_have_is_named_with_those_it_has(recipe: Path) -> None:
-    done = toolchain(recipe, "student", "--set", "student.keep_layers=[0, 7]")
+    done = toolchain(recipe, "run", "--until", "student", "--set", "student.keep_layers=[0, 7]")
     assert done.returncode == 2
     assert "no layer 7" in done.stderr
     assert "0 to 2" in done.stderr
+
+
+def test_a_context_that_the_student_cannot_have_is_refused_before_any_training(recipe: Path) -> None:
+    done = toolchain(recipe, "run", "--set", "bundle.context=4096")
+    assert done.returncode == 2
+    assert "bundle.context is 4096, the student was made for 1024 tokens" in done.stderr
+    assert "generate" not in done.stderr
 
 
 @pytest.fixture

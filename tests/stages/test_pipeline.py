@@ -105,11 +105,12 @@ def test_a_changed_setting_runs_only_what_it_reaches_and_plan_says_why(done: Pat
     assert states["merge"]["state"] == "wait"
 
 
-def test_other_layers_do_not_capture_the_teacher_again(done: Path) -> None:
-    planned = toolchain(done, "plan", "--json", "--set", "student.keep_layers=[0, 1]")
-    states = {row["step"]: row["state"] for row in json.loads(planned.stdout)}
-    assert states["student"] == "run"
-    assert states["generate"] == states["capture"] == "reuse"
+def test_other_layers_do_not_capture_the_teacher_again(copy: Path) -> None:
+    ran = toolchain(copy, "run", "--until", "capture", "--set", "student.keep_layers=[0, 1]")
+    assert ran.returncode == 0, ran.stderr
+    assert "▸ student: run (student.keep_layers: [0, 2] → [0, 1])" in ran.stderr
+    assert "= generate: reused" in ran.stderr
+    assert "= capture: reused" in ran.stderr
 
 
 def test_a_changed_gate_measures_nothing_anew_and_stops_the_bundle(done: Path) -> None:
@@ -131,12 +132,16 @@ def test_a_tampered_artifact_is_named_and_not_used(copy: Path) -> None:
     assert "its bytes have changed" in toolchain(copy, "bundle").stderr
 
 
-def test_a_model_that_never_ends_its_answer_makes_a_bundle_that_fails_the_smoke_test(copy: Path) -> None:
+def test_the_rest_of_the_way_ends_with_a_report_on_screen_and_in_files(copy: Path) -> None:
     ran = toolchain(copy, "run")
-    assert ran.returncode == 3, ran.stderr
-    assert "✓ bundle[x86-cpu]" in ran.stderr
-    assert "smoke checks" in ran.stderr
-    assert not list((copy.parent / "work" / "smoke-x86-cpu").glob("*/manifest.json"))
+    assert ran.returncode == 0, ran.stderr
+    reports = copy.parent / "work" / "reports" / "tiny"
+    found = json.loads((reports / "report.json").read_text())
+    assert found["targets"]["x86-cpu"]["smoke"]["ok"]
+    assert len(found["targets"]["x86-cpu"]["bench"]["metrics"]["pp64_tps"]["samples"]) == 2
+    assert [name.split("[")[0] for name in found["stages"]] == list(STAGE_NAMES)
+    assert (reports / "report.md").read_text().strip() == ran.stdout.strip()
+    assert json.loads(toolchain(copy, "report", "--json").stdout) == found
 
 
 def test_the_same_recipe_elsewhere_gives_the_same_bytes(done: Path, tmp_path: Path) -> None:
@@ -186,7 +191,7 @@ class started:  # noqa: N801 - reads as a phrase
         else:
             raise AssertionError(f"{self._stage} never began")
         _wait_for(lambda: bool(_children(self._run.pid)))
-        time.sleep(1.0)
+        time.sleep(0.3 if self._stage == "quantize" else 1.0)  # tiny models quantize in no time
         return self._run
 
     def __exit__(self, *exception: object) -> None:

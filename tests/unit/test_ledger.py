@@ -138,7 +138,11 @@ def a_report(fallbacks: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def test_the_report_shows_real_bits_fallbacks_and_failed_gates() -> None:
-    fallbacks = [{"wanted": "Q4_K", "got": "Q5_0"}, {"wanted": "Q4_K", "got": "Q5_0"}, {"wanted": None, "got": "Q8_0"}]
+    fallbacks: list[dict[str, Any]] = [
+        {"wanted": "Q4_K", "got": "Q5_0"},
+        {"wanted": "Q4_K", "got": "Q5_0"},
+        {"wanted": None, "got": "Q8_0"},
+    ]
     text = report.render(a_report(fallbacks))
     assert "6.33 bits per weight" in text
     assert "2 × Q4_K → Q5_0" in text

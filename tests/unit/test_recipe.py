@@ -84,6 +84,10 @@ def test_an_unknown_table_is_named(folder: Path) -> None:
         ('[merge]\ndtype = "bfloat16"', "merge.dtype"),
         ("[generate]\nmax_new_tokens = 0", "generate.max_new_tokens"),
         ("[bench]\ngenerated_tokens = 1", "bench.generated_tokens"),
+        (
+            "[bench]\nprompt_tokens = 4000",
+            "bench.prompt_tokens + bench.generated_tokens is 4128, bundle.context is 2048",
+        ),
         ('[bundle]\ntargets = ["X 86"]', "bundle.targets.0"),
     ],
 )

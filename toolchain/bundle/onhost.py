@@ -63,9 +63,20 @@ def _edgectl(bundle: Path, arguments: list[str], *, out: Path, stdout: Path, rep
     python = getattr(sys, "_base_executable", sys.executable)
     env = ["env", "-i", "PATH=/usr/bin:/bin", "HOME=/nonexistent", "LANG=C.UTF-8"]
     log = out / "logs" / "edgectl.log"
-    process.run(
-        [*env, python, "-I", "-S", str(bundle / "edgectl"), *arguments], log=log, stdout=stdout, on_line=report.line
-    )
+    said: list[str] = []
+
+    def on_line(line: str) -> None:
+        said.append(line)
+        report.line(line)
+
+    argv = [*env, python, "-I", "-S", str(bundle / "edgectl"), *arguments]
+    try:
+        process.run(argv, log=log, stdout=stdout, on_line=on_line)
+    except ExternalToolError as error:
+        reasons = [line.removeprefix("error: ") for line in said if line.startswith("error: ")]
+        if reasons:
+            raise ExternalToolError(f"edgectl {arguments[0]}: {reasons[-1]}", hint=f"full output: {log}") from error
+        raise
 
 
 def _read(result: Path, failure: ExternalToolError | None) -> dict[str, Any]:
