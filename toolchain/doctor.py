@@ -17,7 +17,7 @@ from toolchain.recipe import Recipe
 
 State = Literal["ok", "note", "missing"]
 TRAIN_PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "jinja2")
-GGUF_PACKAGES = ("gguf", "numpy", "sentencepiece", "diskcache", "pyelftools")
+GGUF_PACKAGES = ("gguf", "numpy", "sentencepiece", "pyelftools")
 _MODULES = {"pyelftools": "elftools"}
 _GIB = 1 << 30
 

@@ -95,19 +95,42 @@ def _chunk(
     return ce, kl
 
 
-def top_k_kl(scaled: torch.Tensor, ids: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
-    """KL(teacher ‖ student) over the kept ids and one bucket for all others. Returns [N], in nats.
+@dataclass(frozen=True)
+class _Buckets:
+    """Teacher and student at N positions over the kept ids and one bucket for all others."""
 
-    `scaled` [N, V] are the student's logits over T; `ids`, `logprobs` [N, K] as in Teacher. The bucket's student mass
-    is the logsumexp over the other logits, not 1 − kept mass, which would cancel where the tail is small.
-    """
+    ids: torch.Tensor
+    """int64 [N, K]; an empty slot repeats the first id"""
+    filled: torch.Tensor
+    """bool [N, K]"""
+    p: torch.Tensor
+    """float64 [N, K]: the teacher's probabilities, 0 in empty slots"""
+    has_tail: torch.Tensor
+    """bool [N]"""
+    tail: torch.Tensor
+    """float64 [N]: the teacher's mass outside the kept ids"""
+    kept: torch.Tensor
+    """[N, K]: the student's logits over T on the kept ids"""
+    others: torch.Tensor
+    """[N, V]: the student's logits over T, with the kept ids put out of sight"""
+    rest: torch.Tensor
+    """[N]: logsumexp of `others`"""
+    log_total: torch.Tensor
+    """[N]: logsumexp of all logits over T"""
+    kl: torch.Tensor
+    """[N], nats"""
+
+
+def _buckets(scaled: torch.Tensor, ids: torch.Tensor, logprobs: torch.Tensor) -> _Buckets:
+    """The student's mass in the bucket is the logsumexp over the other logits: 1 − kept mass would cancel where the
+    tail is small."""
     filled = logprobs.isfinite()
-    # An empty slot must not hide the logit of a token that is in the tail: it repeats the first id.
+    # An empty slot must not hide the logit of a token that is in the tail.
     ids = torch.where(filled, ids, ids[:, :1])
     kept = torch.where(filled, scaled.gather(-1, ids), _NOWHERE)
-    rest = torch.logsumexp(scaled.scatter(-1, ids, _NOWHERE), dim=-1)
-    log_kept = torch.logsumexp(kept, dim=-1)
-    log_total = torch.logaddexp(log_kept, rest)
+    others = scaled.scatter(-1, ids, _NOWHERE)
+    rest = torch.logsumexp(others, dim=-1)
+    log_total = torch.logaddexp(torch.logsumexp(kept, dim=-1), rest)
 
     teacher = torch.where(filled, logprobs, 0.0).double()
     p = torch.where(filled, teacher.exp(), 0.0)
@@ -116,7 +139,16 @@ def top_k_kl(scaled: torch.Tensor, ids: torch.Tensor, logprobs: torch.Tensor) ->
     entropy_part = (p * teacher).sum(-1) + torch.xlogy(tail, tail)
     kept_part = (p.to(scaled.dtype) * torch.where(filled, kept - log_total[:, None], 0.0)).sum(-1)
     tail_part = tail.to(scaled.dtype) * torch.where(has_tail, rest - log_total, 0.0)
-    return entropy_part.to(scaled.dtype) - kept_part - tail_part
+    kl = entropy_part.to(scaled.dtype) - kept_part - tail_part
+    return _Buckets(ids, filled, p, has_tail, tail, kept, others, rest, log_total, kl)
+
+
+def top_k_kl(scaled: torch.Tensor, ids: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
+    """KL(teacher ‖ student) over the kept ids and one bucket for all others. Returns [N], in nats.
+
+    `scaled` [N, V] are the student's logits over T; `ids`, `logprobs` [N, K] as in Teacher.
+    """
+    return _buckets(scaled, ids, logprobs).kl
 
 
 class _OnePass(torch.autograd.Function):
@@ -173,29 +205,13 @@ class _OnePass(torch.autograd.Function):
 
 def _kl_slope(scaled: torch.Tensor, ids: torch.Tensor, logprobs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """∂ΣKL/∂scaled [N, V] and ΣKL over the positions, of `top_k_kl` with the same arguments."""
-    filled = logprobs.isfinite()
-    ids = torch.where(filled, ids, ids[:, :1])
-    kept = torch.where(filled, scaled.gather(-1, ids), _NOWHERE)
-    log_kept = torch.logsumexp(kept, dim=-1)
-    others = scaled.scatter(-1, ids, _NOWHERE)
-    rest = torch.logsumexp(others, dim=-1)
-    log_total = torch.logaddexp(log_kept, rest)
-
-    teacher = torch.where(filled, logprobs, 0.0).double()
-    p = torch.where(filled, teacher.exp(), 0.0)
-    has_tail = filled.sum(-1) < scaled.shape[-1]
-    tail = torch.where(has_tail, (1.0 - p.sum(-1)).clamp(min=0.0), 0.0)
-    mass = (p.sum(-1) + tail).to(scaled.dtype)
-    entropy_part = (p * teacher).sum(-1) + torch.xlogy(tail, tail)
-    p = p.to(scaled.dtype)
-    tail = tail.to(scaled.dtype)
-    kept_part = (p * torch.where(filled, kept - log_total[:, None], 0.0)).sum(-1)
-    tail_part = tail * torch.where(has_tail, rest - log_total, 0.0)
-    value = (entropy_part.to(scaled.dtype) - kept_part - tail_part).sum()
-
+    found = _buckets(scaled, ids, logprobs)
+    p, tail = found.p.to(scaled.dtype), found.tail.to(scaled.dtype)
+    mass = (found.p.sum(-1) + found.tail).to(scaled.dtype)
     # Off the kept ids: mass·q − t·q/Σ_rest q, formed from logs so that a small rest does not divide by zero.
-    slope = others.sub_(rest[:, None]).exp_()  # q / Σ_rest q; 0 on kept ids
-    slope.mul_((mass * (rest - log_total).exp() - torch.where(has_tail, tail, 0.0))[:, None])
-    on_kept = torch.where(filled, mass[:, None] * (kept - log_total[:, None]).exp() - p, 0.0)
+    slope = found.others.sub_(found.rest[:, None]).exp_()  # q / Σ_rest q; 0 on kept ids
+    slope.mul_((mass * (found.rest - found.log_total).exp() - tail)[:, None])
+    q_kept = (found.kept - found.log_total[:, None]).exp()
+    on_kept = torch.where(found.filled, mass[:, None] * q_kept - p, 0.0)
     # An empty slot repeats the first id and adds nothing to it.
-    return slope.scatter_add_(-1, ids, on_kept), value
+    return slope.scatter_add_(-1, found.ids, on_kept), found.kl.sum()
