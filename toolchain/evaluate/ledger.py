@@ -221,7 +221,7 @@ def _vocabulary(inputs: Mapping[str, Path]) -> int:
 def _forms(inputs: Mapping[str, Path], rows: Sequence[Row], llama: LlamaCpp, batch_tokens: int) -> list[Form]:
     from toolchain.student.load import answer_logprobs, load_model
     from toolchain.student.merge import load_adapted
-    from toolchain.student.precision import decoding_type, pick_device
+    from toolchain.student.precision import pick_device, weights_type
 
     device = pick_device()
 
@@ -242,7 +242,7 @@ def _forms(inputs: Mapping[str, Path], rows: Sequence[Row], llama: LlamaCpp, bat
     student_parameters, student_bytes = _weights(student)
     adapter_parameters, adapter_bytes = _weights(adapter)
     forms = [
-        Form("teacher", None, *_checkpoint_size(teacher), checkpoint(teacher, decoding_type(device))),
+        Form("teacher", None, *_checkpoint_size(teacher), checkpoint(teacher, weights_type(device))),
         Form("student before", None, student_parameters, 0, student_bytes, checkpoint(student)),
         Form(
             "student after",

@@ -1,17 +1,29 @@
 """Which number types a processor runs well."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from toolchain.errors import HostError
+
+_NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 def pick_device() -> torch.device:
-    """The first GPU, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The first GPU, else the CPU. Raises HostError for a GPU that torch cannot use: never a quiet CPU run."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if not hidden and _NVIDIA_GPUS.is_dir() and any(_NVIDIA_GPUS.iterdir()):
+        raise HostError(
+            f"there is an NVIDIA GPU, and torch {torch.__version__} cannot use it",
+            hint="install a CUDA build of torch that fits the driver; or set CUDA_VISIBLE_DEVICES= to run without it",
+        )
+    return torch.device("cpu")
 
 
 def has_bfloat16(device: torch.device) -> bool:
