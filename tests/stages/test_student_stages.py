@@ -562,7 +562,9 @@ def test_an_adapter_for_another_base_is_refused(made: dict[str, Path], tmp_path:
         _merge(made, _fresh(tmp_path / "out"), base=other)
 
 
-def test_a_weight_too_large_for_float16_is_named(made: dict[str, Path], tmp_path: Path) -> None:
+@pytest.fixture
+def too_large(made: dict[str, Path], tmp_path: Path) -> Path:
+    """An adapter whose merged weights are more than float16 can hold."""
     from safetensors.torch import load_file, save_file
 
     folder = tmp_path / "adapter"
@@ -571,13 +573,29 @@ def test_a_weight_too_large_for_float16_is_named(made: dict[str, Path], tmp_path
     name = next(name for name in weights if "lora_B" in name and "layers.1" in name)
     weights[name] = weights[name] + 1e7
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"layers\.1.* does not fit in float16"):
-        _merge(made, _fresh(tmp_path / "out"), adapter=folder)
+    return folder
+
+
+def test_a_weight_too_large_for_float16_is_named(made: dict[str, Path], tmp_path: Path, too_large: Path) -> None:
+    with pytest.raises(ModelError, match=r"layers\.1.* is more than float16 can hold") as caught:
+        _merge(made, _fresh(tmp_path / "out"), Merge(dtype="float16"), adapter=too_large)
+    assert "float32" in str(caught.value.hint)
+
+
+def test_what_float16_cannot_hold_is_stored_as_float32_and_that_is_told(
+    made: dict[str, Path], tmp_path: Path, too_large: Path
+) -> None:
+    figures = _merge(made, _fresh(tmp_path / "out"), adapter=too_large)
+    assert figures["dtype"] == "float32"
+    assert "more than float16 can hold" in figures["tried"]["float16"]["overflow"]
+    assert "stored as float32" in figures["summary"]
+    config = json.loads((tmp_path / "out" / "checkpoint" / "config.json").read_text())
+    assert config["dtype"] == "float32"
 
 
 def test_a_merge_that_loses_too_much_fails_its_gate(made: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(GateError, match="mean KL"):
-        _merge(made, tmp_path, Merge(max_kl=1e-15))
+    with pytest.raises(GateError, match=r"mean KL .* stored as float16"):
+        _merge(made, tmp_path, Merge(dtype="float16", max_kl=1e-15))
 
 
 # --- scores
