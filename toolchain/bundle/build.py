@@ -108,7 +108,9 @@ def run(
         task.advance()
     total_bytes = sum(int(entry["bytes"]) for entry in manifest["files"].values())
     report.line(f"{folder.name}: {total_bytes / 2**20:.1f} MiB, {manifest['bundle_id'][:19]}…")
+    files = len(manifest["files"])
     return {
+        "summary": f"{total_bytes / 1e6:.1f} MB in {files} files, needs glibc {programs.glibc_needed}",
         "folder": folder.name,
         "bundle_id": manifest["bundle_id"],
         "bytes": total_bytes,
@@ -117,7 +119,7 @@ def run(
         "glibc_needed": programs.glibc_needed,
         "segment_alignment": programs.segment_alignment,
         "bits_per_weight": facts.bits_per_weight,
-        "files": len(manifest["files"]),
+        "files": files,
     }
 
 

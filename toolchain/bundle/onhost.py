@@ -19,7 +19,7 @@ def smoke(bundle: Path, *, out: Path, report: Reporter) -> dict[str, Any]:
     Raises GateError that names the checks that failed.
     """
     result = out / "smoke.json"
-    with bar(report, "smoke", total=None, unit="check"), tempfile.TemporaryDirectory(prefix="bundle-") as elsewhere:
+    with bar(report, "smoke", total=None, unit="check"), tempfile.TemporaryDirectory(dir=out) as elsewhere:
         copy = Path(shutil.copytree(bundle, Path(elsewhere) / "copy"))
         failure: ExternalToolError | None = None
         try:
