@@ -158,3 +158,44 @@ def make_tiny_checkpoint(
         json.dumps({"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}) + "\n", encoding="utf-8"
     )
     return path
+
+
+BYTE_LEVEL_TEMPLATE = (
+    "{{ '<s>' }}{% for message in messages %}{% if message['role'] == 'assistant' %}{{ ' ' + message['content'] + "
+    "'</s>' }}{% else %}{{ '[INST] ' + message['content'] + ' [/INST]' }}{% endif %}{% endfor %}"
+)
+
+
+def give_byte_level_tokenizer(path: Path) -> Path:
+    """Put another tokenizer into a tiny checkpoint: byte-level BPE, other special tokens, another template; at most 512
+    ids, which the checkpoint must have. The answer follows the prompt with a space between, as in Llama-2's template.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    specials = ["<s>", "</s>", "<pad>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(_CORPUS.splitlines(), trainer)
+    for old in ("tokenizer.model", "chat_template.jinja"):
+        (path / old).unlink(missing_ok=True)
+    PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        chat_template=BYTE_LEVEL_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(path)
+    ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    (path / "generation_config.json").write_text(json.dumps(ids) + "\n", encoding="utf-8")
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    (path / "config.json").write_text(json.dumps(config | ids, indent=2) + "\n", encoding="utf-8")
+    return path

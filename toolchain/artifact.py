@@ -28,8 +28,10 @@ MANIFEST = "manifest.json"
 RESUME = "resume"
 LOGS = "logs"
 REFERENCE = "reference.json"
+"""In an artifact that is a checkpoint elsewhere: where it lies."""
+CHECKPOINT = "checkpoint"
+"""Folder of an artifact that holds a checkpoint itself."""
 SCHEMA_VERSION = 1
-_BLOCK = 1 << 20
 
 
 class FileRecord(BaseModel):
@@ -92,11 +94,8 @@ def fingerprint(stage: str, version: int, settings: Mapping[str, Any], inputs: M
 
 def digest_file(path: Path) -> str:
     """SHA-256 of a file, in hex."""
-    state = hashlib.sha256()
     with path.open("rb") as source:
-        while block := source.read(_BLOCK):
-            state.update(block)
-    return state.hexdigest()
+        return hashlib.file_digest(source, "sha256").hexdigest()
 
 
 def _files_below(folder: Path) -> Iterator[Path]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -21,10 +22,14 @@ if TYPE_CHECKING:
 VERBS = {
     "teacher": "Check the teacher, or unpack its GGUF into a checkpoint.",
     "student": "Make the student's base: the teacher, or another model, with the layers that stay.",
+    "vocabulary": "Say whether teacher and student share their tokens, and refuse a loss that needs it if not.",
     "generate": "Teacher answers to the questions.",
+    "select": "Choose among the answers, and make them rows of the student's tokens.",
     "capture": "The teacher's top-k logits over its answers.",
     "distill": "Train the student's LoRA adapter on answers and logits.",
+    "on_policy": "Train further on the student's own answers, which the teacher scores.",
     "merge": "Fold the adapter into the base, and check that nothing was lost.",
+    "compare": "Teacher, student before and student after answer questions, and are scored.",
     "convert": "Merged checkpoint → 16-bit GGUF, by llama.cpp's converter.",
     "imatrix": "The importance matrix, from the training rows.",
     "quantize": "16-bit GGUF → quantized GGUF, Q4_K_M by default.",
@@ -62,6 +67,10 @@ target_option = click.option(
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 verify_option = click.option("--verify", is_flag=True, help="Hash the bytes of every artifact that is reused.")
+launcher_option = click.option(
+    "--launcher", default="", metavar="COMMAND",
+    help="Start capture and distill by this command, such as 'torchrun --nproc-per-node 2', on several GPUs or hosts.",
+)  # fmt: skip
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="Only errors.")
 
 
@@ -93,11 +102,12 @@ def _pipeline(recipe: Path, work: Path, overrides: tuple[str, ...], targets: tup
 @set_option
 @target_option
 @click.option("--until", type=click.Choice(list(VERBS)), help="Stop after this stage.")
+@launcher_option
 @verify_option
 @quiet_option
 def run(
-    recipe: Path, work: Path, overrides: tuple[str, ...], targets: tuple[str, ...], until: str | None, verify: bool,
-    quiet: bool,
+    recipe: Path, work: Path, overrides: tuple[str, ...], targets: tuple[str, ...], until: str | None, launcher: str,
+    verify: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Run every stage of a recipe that is not done yet, and report."""
     from toolchain import report
@@ -105,7 +115,10 @@ def run(
 
     pipeline = _pipeline(recipe, work, overrides, targets)
     with Terminal(quiet=quiet) as terminal:
-        pipeline.run(report=terminal, on_step=terminal.on_step, until=until, verify=verify, command=f"run {recipe}")
+        pipeline.run(
+            report=terminal, on_step=terminal.on_step, until=until, verify=verify, command=f"run {recipe}",
+            launcher=shlex.split(launcher),
+        )  # fmt: skip
     if until is None:
         text, markdown, _ = report.write(pipeline)
         click.echo(text)
@@ -143,15 +156,17 @@ def plan(recipe: Path, work: Path, overrides: tuple[str, ...], targets: tuple[st
 
 def _stage_verb(name: str, summary: str) -> Callable[..., None]:
     def verb(
-        recipe: Path, work: Path, overrides: tuple[str, ...], verify: bool, quiet: bool, targets: tuple[str, ...] = ()
-    ) -> None:
+        recipe: Path, work: Path, overrides: tuple[str, ...], verify: bool, quiet: bool, targets: tuple[str, ...] = (),
+        launcher: str = "",
+    ) -> None:  # fmt: skip
         from toolchain.terminal import Terminal
 
         pipeline = _pipeline(recipe, work, overrides, targets)
         with Terminal(quiet=quiet) as terminal:
             pipeline.run(
-                report=terminal, on_step=terminal.on_step, only=name, verify=verify, command=f"{name} {recipe}"
-            )
+                report=terminal, on_step=terminal.on_step, only=name, verify=verify, command=f"{name} {recipe}",
+                launcher=shlex.split(launcher),
+            )  # fmt: skip
         for step_name, artifact in pipeline.artifacts().items():
             if step_name.split("[")[0] == name:
                 click.echo(artifact.path)
@@ -160,6 +175,8 @@ def _stage_verb(name: str, summary: str) -> Callable[..., None]:
     options = [recipe_argument, work_option, set_option, verify_option, quiet_option]
     if name in ("bundle", "smoke", "bench"):
         options.append(target_option)
+    if name in ("capture", "distill"):
+        options.append(launcher_option)
     command: Callable[..., None] = verb
     for option in reversed(options):
         command = option(command)

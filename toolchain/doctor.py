@@ -12,13 +12,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from toolchain.disk import free_bytes
 from toolchain.errors import ToolchainError
 from toolchain.recipe import Recipe
 
 State = Literal["ok", "note", "missing"]
-TRAIN_PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "jinja2")
+TRAIN_PACKAGES = (
+    "torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "trl", "safetensors", "numpy", "jinja2",
+)  # fmt: skip
 GGUF_PACKAGES = ("gguf", "numpy", "sentencepiece", "pyelftools")
-_MODULES = {"pyelftools": "elftools"}
+_MODULES = {"pyelftools": "elftools", "sentence-transformers": "sentence_transformers"}
 _GIB = 1 << 30
 
 
@@ -46,6 +49,7 @@ def examine(recipe: Recipe | None, work: Path) -> list[Finding]:
         *_packages("train", TRAIN_PACKAGES),
         *_packages("gguf", GGUF_PACKAGES),
         *_gpu(),
+        *_asked_for(recipe),
         *_compilers(),
         _llama_cpp(),
         _docker(),
@@ -66,6 +70,22 @@ def _packages(extra: str, names: tuple[str, ...]) -> Iterator[Finding]:
             yield Finding(name, "missing", f"not installed; the {extra} stages need it", remedy)
         else:
             yield Finding(name, "ok", importlib.metadata.version(name))
+
+
+def _asked_for(recipe: Recipe | None) -> Iterator[Finding]:
+    """What this recipe needs beyond the usual."""
+    if recipe is None:
+        return
+    if recipe.select.embedding_model or recipe.compare.embedding_model:
+        yield from _packages("embed", ("sentence-transformers",))
+    if recipe.teacher.endpoint is not None:
+        yield from _packages("endpoint", ("httpx",))
+        variable = recipe.teacher.endpoint.key_variable
+        if variable and not os.environ.get(variable):
+            yield Finding(variable, "note", "not set: the endpoint is asked without a key", f"export {variable}=…")
+    on_gpu = _output("nvidia-smi", "-L") is not None
+    if on_gpu and recipe.distill.engine != "transformers":
+        yield from _packages("unsloth", ("unsloth",))
 
 
 def _output(*argv: str) -> str | None:
@@ -137,22 +157,16 @@ def needs(recipe: Recipe) -> tuple[int, int]:
     Disk: teacher unpacked, student, merged, 16-bit GGUF, quantized and bundled, and training checkpoints. Memory: the
     larger of a teacher in fp32 and a student in fp32 with room for activations. A GGUF teacher unpacks about fourfold.
     """
-    teacher = model_bytes(recipe.teacher.model)
-    if recipe.teacher.model.is_file():
+    model = recipe.teacher.model
+    teacher = model_bytes(model) if model is not None else 0  # an endpoint's weights are elsewhere
+    if model is not None and model.is_file() and recipe.teacher.engine != "llama.cpp":
         teacher *= 4
     student = model_bytes(recipe.student.model) if recipe.student.model else teacher
     return teacher + 5 * student + 4 * _GIB, 2 * max(teacher, student) + 3 * _GIB
 
 
-def disk_free(path: Path) -> int:
-    """Free bytes of the disk that holds `path`, which need not exist yet."""
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
-
-
 def _disk(recipe: Recipe | None, work: Path) -> Finding:
-    free = disk_free(work.absolute())
+    free = free_bytes(work)
     wanted = needs(recipe)[0] if recipe else 10 * _GIB
     detail = f"{free / _GIB:.1f} GiB free for {work}, about {wanted / _GIB:.1f} wanted"
     if free < wanted:

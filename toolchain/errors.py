@@ -41,6 +41,10 @@ class HostError(ToolchainError):
     """The machine lacks something: disk, memory, a package, a compiler, a free port."""
 
 
+class EndpointError(ToolchainError):
+    """A server that answers for the teacher, and does not: a refused key, an unknown model, no usable answer."""
+
+
 class GateError(ToolchainError):
     """The work is done and kept, and a quality gate says it is not good enough."""
 

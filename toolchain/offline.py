@@ -9,4 +9,5 @@ os.environ.update(
     TRANSFORMERS_VERBOSITY="error",
     HF_HUB_DISABLE_PROGRESS_BARS="1",
     TQDM_DISABLE="1",
+    TRL_EXPERIMENTAL_SILENCE="1",
 )

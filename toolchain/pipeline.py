@@ -9,22 +9,27 @@ import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from toolchain.artifact import CHECKPOINT
 from toolchain.errors import ArtifactError, HostError, RecipeError
 from toolchain.evaluate.gates import GateLimits, check_gates
 from toolchain.recipe import (
     Bench,
     Capture,
+    Compare,
     Data,
     Distill,
+    Endpoint,
     Generate,
     Imatrix,
     Merge,
+    OnPolicy,
     Quantize,
     Recipe,
+    Select,
     Student,
     Teacher,
 )
@@ -32,9 +37,11 @@ from toolchain.reporter import Reporter
 from toolchain.settings import Settings
 from toolchain.target import TargetProfile, read_target
 
+if TYPE_CHECKING:
+    from toolchain.gguf.llama_cpp import LlamaCpp
+
 Inputs = Mapping[str, Path]
 Metrics = dict[str, Any]
-CHECKPOINT = "checkpoint"
 HOST_TARGETS = {"x86_64": "x86-cpu"}
 
 
@@ -67,7 +74,11 @@ class Stage:
     inputs: Callable[[Recipe], dict[str, Source]]
     version: int = 1
     per_target: bool = False
-    uses_llama_cpp: bool = False
+    uses_llama_cpp: Callable[[Recipe], bool] = lambda _: False
+    wanted: Callable[[Recipe], bool] = lambda _: True
+    """Whether the way of this recipe goes through the stage."""
+    parallel: bool = False
+    """Whether several processes may share the work."""
 
     def run_job(self, settings: dict[str, Any], inputs: Inputs, out: Path, report: Reporter) -> Metrics:
         """What the worker calls: settings as JSON gave them."""
@@ -85,19 +96,58 @@ class StudentSettings(Settings):
     max_length: int
 
 
+class VocabularySettings(Settings):
+    method: Literal["logits", "answers", "uld"]
+    on_policy: bool
+
+
 class GenerateSettings(Settings):
     generate: Generate
     data: Data
+    endpoint: Endpoint | None
+    load_in_4bit: bool
     seed: int
+    cmake: dict[str, str | bool] | None
+    """Of the llama.cpp build that runs a .gguf teacher; None for other teachers."""
+
+
+class SelectSettings(Settings):
+    select: Select
+    data: Data
+    max_new_tokens: int
 
 
 class CaptureSettings(Settings):
     capture: Capture
     temperatures: tuple[float, ...]
+    load_in_4bit: bool
+    cmake: dict[str, str | bool] | None
 
 
 class DistillSettings(Settings):
     distill: Distill
+    max_length: int
+    seed: int
+
+
+class OnPolicySettings(Settings):
+    on_policy: OnPolicy
+    distill: Distill
+    load_teacher_in_4bit: bool
+    max_length: int
+    seed: int
+
+
+class MergeSettings(Settings):
+    merge: Merge
+    load_in_4bit: bool
+    """Whether the adapter was trained on the base in 4 bits."""
+
+
+class CompareSettings(Settings):
+    compare: Compare
+    data: Data
+    generate: Generate
     seed: int
 
 
@@ -118,6 +168,7 @@ class QuantizeSettings(Settings):
 
 class EvaluateSettings(Settings):
     batch_tokens: int
+    load_teacher_in_4bit: bool
     cmake: dict[str, str | bool]
 
 
@@ -186,6 +237,18 @@ def _student(settings: StudentSettings, inputs: Inputs, out: Path, report: Repor
     return base.prepare(settings.student, model=inputs["model"], out=out, report=report)
 
 
+def _vocabulary(settings: VocabularySettings, inputs: Inputs, out: Path, report: Reporter) -> Metrics:
+    from toolchain.student import vocabulary
+
+    return vocabulary.run(
+        method=settings.method,
+        on_policy=settings.on_policy,
+        teacher=inputs.get("teacher"),
+        student=inputs["student"],
+        out=out,
+    )
+
+
 def _generate(settings: GenerateSettings, inputs: Inputs, out: Path, report: Reporter) -> Metrics:
     from toolchain.teacher import generate
 
@@ -193,9 +256,29 @@ def _generate(settings: GenerateSettings, inputs: Inputs, out: Path, report: Rep
         settings.generate,
         settings.data,
         seed=settings.seed,
-        teacher=inputs["teacher"],
+        teacher=inputs.get("teacher"),
+        gguf=inputs.get("gguf"),
+        endpoint=settings.endpoint,
+        load_in_4bit=settings.load_in_4bit,
+        llama=_llama(settings.cmake),
         train=inputs["train"],
         held_out=inputs["held_out"],
+        out=out,
+        report=report,
+    )
+
+
+def _select(settings: SelectSettings, inputs: Inputs, out: Path, report: Reporter) -> Metrics:
+    from toolchain.teacher import select
+
+    return select.run(
+        settings.select,
+        settings.data,
+        max_new_tokens=settings.max_new_tokens,
+        answers=inputs["answers"],
+        student=inputs["student"],
+        vocabulary=inputs["vocabulary"],
+        embedding_model=inputs.get("embedding_model"),
         out=out,
         report=report,
     )
@@ -208,7 +291,10 @@ def _capture(settings: CaptureSettings, inputs: Inputs, out: Path, report: Repor
         settings.capture,
         temperatures=settings.temperatures,
         teacher=inputs["teacher"],
-        student=inputs["student"],
+        gguf=inputs.get("gguf"),
+        load_in_4bit=settings.load_in_4bit,
+        llama=_llama(settings.cmake),
+        vocabulary=inputs["vocabulary"],
         rows=inputs["rows"],
         out=out,
         report=report,
@@ -216,10 +302,29 @@ def _capture(settings: CaptureSettings, inputs: Inputs, out: Path, report: Repor
 
 
 def _distill(settings: DistillSettings, inputs: Inputs, out: Path, report: Reporter) -> Metrics:
+    if settings.distill.method == "uld":
+        from toolchain.student import uld
+
+        return uld.run(
+            settings.distill,
+            max_length=settings.max_length,
+            seed=settings.seed,
+            teacher=inputs["teacher"],
+            base=inputs["base"],
+            rows=inputs["rows"],
+            out=out,
+            report=report,
+        )
+    # Unsloth is imported before what it patches.
+    from toolchain.student.engine import choose
+
+    engine = choose(settings.distill.engine)
     from toolchain.student import distill
 
     return distill.run(
         settings.distill,
+        engine=engine,
+        max_length=settings.max_length,
         seed=settings.seed,
         base=inputs["base"],
         rows=inputs["rows"],
@@ -229,14 +334,52 @@ def _distill(settings: DistillSettings, inputs: Inputs, out: Path, report: Repor
     )
 
 
-def _merge(settings: Merge, inputs: Inputs, out: Path, report: Reporter) -> Metrics:
+def _on_policy(settings: OnPolicySettings, inputs: Inputs, out: Path, report: Reporter) -> Metrics:
+    from toolchain.student import on_policy
+
+    return on_policy.run(
+        settings.on_policy,
+        settings.distill,
+        load_teacher_in_4bit=settings.load_teacher_in_4bit,
+        max_length=settings.max_length,
+        seed=settings.seed,
+        teacher=inputs["teacher"],
+        base=inputs["base"],
+        adapter=inputs["adapter"],
+        rows=inputs["rows"],
+        out=out,
+        report=report,
+    )
+
+
+def _merge(settings: MergeSettings, inputs: Inputs, out: Path, report: Reporter) -> Metrics:
     from toolchain.student import merge
 
     return merge.run(
-        settings,
+        settings.merge,
+        load_in_4bit=settings.load_in_4bit,
         base=inputs["base"],
         adapter=inputs["adapter"],
         held_out=inputs["held_out"],
+        out=out,
+        report=report,
+    )
+
+
+def _compare(settings: CompareSettings, inputs: Inputs, out: Path, report: Reporter) -> Metrics:
+    from toolchain.evaluate import compare
+
+    return compare.run(
+        settings.compare,
+        settings.data,
+        settings.generate,
+        seed=settings.seed,
+        held_out=inputs["held_out"],
+        teacher=inputs.get("teacher"),
+        student=inputs["student"],
+        merged=inputs["merged"],
+        embedding_model=inputs.get("embedding_model"),
+        out_of_domain=inputs.get("out_of_domain"),
         out=out,
         report=report,
     )
@@ -278,6 +421,7 @@ def _evaluate(settings: EvaluateSettings, inputs: Inputs, out: Path, report: Rep
 
     return ledger.run(
         batch_tokens=settings.batch_tokens,
+        load_teacher_in_4bit=settings.load_teacher_in_4bit,
         inputs=inputs,
         llama=llama_cpp.find(settings.cmake),
         out=out,
@@ -335,20 +479,62 @@ def bundle_of(artifact: Path) -> Path:
     return found[0]
 
 
+def _llama(cmake: dict[str, str | bool] | None) -> "LlamaCpp | None":
+    if cmake is None:
+        return None
+    from toolchain.gguf import llama_cpp
+
+    return llama_cpp.find(cmake)
+
+
+def _given(**sources: Source | None) -> dict[str, Source]:
+    """The inputs that this recipe has."""
+    return {name: source for name, source in sources.items() if source is not None}
+
+
+def _runs_gguf(recipe: Recipe) -> bool:
+    return recipe.teacher.engine == "llama.cpp"
+
+
+def _local_teacher(recipe: Recipe) -> Source | None:
+    return Made("teacher", CHECKPOINT) if recipe.teacher.model is not None else None
+
+
+def _gguf_teacher(recipe: Recipe) -> Source | None:
+    return recipe.teacher.model if _runs_gguf(recipe) else None
+
+
+def _teacher_cmake(recipe: Recipe) -> dict[str, str | bool] | None:
+    return host_cmake() if _runs_gguf(recipe) else None
+
+
+def _answers_teacher(recipe: Recipe) -> Source | None:
+    """The local model that answers; an endpoint answers in its stead, and a data set needs none."""
+    asks = recipe.generate.answers == "teacher" and recipe.teacher.endpoint is None
+    return _local_teacher(recipe) if asks else None
+
+
+def _adapter(recipe: Recipe) -> Source:
+    return Made("on_policy" if recipe.on_policy.steps else "distill", "adapter")
+
+
 def _student_source(recipe: Recipe) -> Source:
     return recipe.student.model if recipe.student.model is not None else Made("teacher", CHECKPOINT)
 
 
 def _distill_inputs(recipe: Recipe) -> dict[str, Source]:
-    inputs: dict[str, Source] = {"base": Made("student", CHECKPOINT), "rows": Made("generate", "train.jsonl")}
-    if recipe.distill.kl_weight > 0:
-        inputs["logits"] = Made("capture", "")
-    return inputs
+    return _given(
+        base=Made("student", CHECKPOINT),
+        rows=Made("select", "train.jsonl"),
+        logits=Made("capture", "") if recipe.distill.uses_logits else None,
+        teacher=Made("teacher", CHECKPOINT) if recipe.distill.method == "uld" else None,
+    )
 
 
 def gate_limits(recipe: Recipe) -> GateLimits:
     return GateLimits(
         distill_max_kl_ratio=recipe.evaluate.max_kl_ratio,
+        distill_max_ce_ratio=recipe.evaluate.max_ce_ratio,
         merge_max_kl=recipe.merge.max_kl,
         convert_max_kl=recipe.convert.max_kl,
     )
@@ -375,8 +561,10 @@ STAGES: tuple[Stage, ...] = (
         "teacher",
         _teacher,
         Teacher,
-        settings=lambda recipe, _: recipe.teacher,
-        inputs=lambda recipe: {"model": recipe.teacher.model},
+        settings=lambda recipe, _: recipe.teacher.model_copy(update={"endpoint": None, "load_in_4bit": False}),
+        inputs=lambda recipe: _given(model=recipe.teacher.model),
+        version=2,
+        wanted=lambda recipe: recipe.teacher.model is not None,
     ),
     Stage(
         "student",
@@ -391,44 +579,132 @@ STAGES: tuple[Stage, ...] = (
         inputs=lambda recipe: {"model": _student_source(recipe)},
     ),
     Stage(
+        "vocabulary",
+        _vocabulary,
+        VocabularySettings,
+        settings=lambda recipe, _: VocabularySettings(
+            method=recipe.distill.method, on_policy=recipe.on_policy.steps > 0
+        ),
+        inputs=lambda recipe: _given(teacher=_local_teacher(recipe), student=Made("student", CHECKPOINT)),
+    ),
+    Stage(
         "generate",
         _generate,
         GenerateSettings,
-        settings=lambda recipe, _: GenerateSettings(generate=recipe.generate, data=recipe.data, seed=recipe.seed),
-        inputs=lambda recipe: {
-            "teacher": Made("teacher", CHECKPOINT),
-            "train": recipe.data.train,
-            "held_out": recipe.data.held_out,
-        },
+        settings=lambda recipe, _: GenerateSettings(
+            generate=recipe.generate,
+            # What decides which answers become rows is for `select`: another limit asks nothing anew.
+            data=Data(
+                train=recipe.data.train,
+                held_out=recipe.data.held_out,
+                format=recipe.data.format,
+                system=recipe.data.system,
+            ),
+            endpoint=recipe.teacher.endpoint,
+            load_in_4bit=recipe.teacher.load_in_4bit,
+            seed=recipe.seed,
+            cmake=_teacher_cmake(recipe),
+        ),
+        inputs=lambda recipe: _given(
+            teacher=_answers_teacher(recipe),
+            gguf=_gguf_teacher(recipe),
+            train=recipe.data.train,
+            held_out=recipe.data.held_out,
+        ),
+        uses_llama_cpp=_runs_gguf,
+    ),
+    Stage(
+        "select",
+        _select,
+        SelectSettings,
+        settings=lambda recipe, _: SelectSettings(
+            select=recipe.select, data=recipe.data, max_new_tokens=recipe.generate.max_new_tokens
+        ),
+        inputs=lambda recipe: _given(
+            answers=Made("generate", "answers.jsonl"),
+            student=TokenizerOf("student"),
+            vocabulary=Made("vocabulary", "vocabulary.json"),
+            embedding_model=recipe.select.embedding_model,
+        ),
     ),
     Stage(
         "capture",
         _capture,
         CaptureSettings,
-        settings=lambda recipe, _: CaptureSettings(capture=recipe.capture, temperatures=recipe.capture_temperatures),
-        inputs=lambda recipe: {
-            "teacher": Made("teacher", CHECKPOINT),
-            "student": TokenizerOf("student"),
-            "rows": Made("generate", "train.jsonl"),
-        },
+        settings=lambda recipe, _: CaptureSettings(
+            capture=recipe.capture,
+            temperatures=recipe.capture_temperatures,
+            load_in_4bit=recipe.teacher.load_in_4bit,
+            cmake=_teacher_cmake(recipe),
+        ),
+        inputs=lambda recipe: _given(
+            teacher=_local_teacher(recipe),
+            gguf=_gguf_teacher(recipe),
+            vocabulary=Made("vocabulary", "vocabulary.json"),
+            rows=Made("select", "train.jsonl"),
+        ),
+        uses_llama_cpp=_runs_gguf,
+        version=2,
+        wanted=lambda recipe: recipe.distill.uses_logits,
+        parallel=True,
     ),
     Stage(
         "distill",
         _distill,
         DistillSettings,
-        settings=lambda recipe, _: DistillSettings(distill=recipe.distill, seed=recipe.seed),
+        settings=lambda recipe, _: DistillSettings(
+            distill=recipe.distill, max_length=recipe.data.max_length, seed=recipe.seed
+        ),
         inputs=_distill_inputs,
+        parallel=True,
+    ),
+    Stage(
+        "on_policy",
+        _on_policy,
+        OnPolicySettings,
+        settings=lambda recipe, _: OnPolicySettings(
+            on_policy=recipe.on_policy,
+            distill=recipe.distill,
+            load_teacher_in_4bit=recipe.teacher.load_in_4bit,
+            max_length=recipe.data.max_length,
+            seed=recipe.seed,
+        ),
+        inputs=lambda recipe: _given(
+            teacher=_local_teacher(recipe),
+            base=Made("student", CHECKPOINT),
+            adapter=Made("distill", "adapter"),
+            rows=Made("select", "train.jsonl"),
+        ),
+        wanted=lambda recipe: recipe.on_policy.steps > 0,
     ),
     Stage(
         "merge",
         _merge,
-        Merge,
-        settings=lambda recipe, _: recipe.merge,
+        MergeSettings,
+        settings=lambda recipe, _: MergeSettings(merge=recipe.merge, load_in_4bit=recipe.distill.load_in_4bit),
         inputs=lambda recipe: {
             "base": Made("student", CHECKPOINT),
-            "adapter": Made("distill", "adapter"),
-            "held_out": Made("generate", "held_out.jsonl"),
+            "adapter": _adapter(recipe),
+            "held_out": Made("select", "held_out.jsonl"),
         },
+    ),
+    Stage(
+        "compare",
+        _compare,
+        CompareSettings,
+        settings=lambda recipe, _: CompareSettings(
+            compare=recipe.compare, data=recipe.data, generate=recipe.generate, seed=recipe.seed
+        ),
+        inputs=lambda recipe: _given(
+            held_out=Made("select", "held_out.jsonl"),
+            # For its latency alone: not where it may not fit in 16 bits.
+            teacher=None if _runs_gguf(recipe) or recipe.teacher.load_in_4bit else _local_teacher(recipe),
+            student=Made("student", CHECKPOINT),
+            merged=Made("merge", CHECKPOINT),
+            embedding_model=recipe.compare.embedding_model,
+            out_of_domain=recipe.compare.out_of_domain,
+        ),
+        wanted=lambda recipe: recipe.compare.enabled,
     ),
     Stage(
         "convert",
@@ -436,7 +712,7 @@ STAGES: tuple[Stage, ...] = (
         ConvertSettings,
         settings=lambda recipe, _: ConvertSettings(name=recipe.name, cmake=host_cmake()),
         inputs=lambda recipe: {"model": Made("merge", CHECKPOINT)},
-        uses_llama_cpp=True,
+        uses_llama_cpp=lambda _: True,
     ),
     Stage(
         "imatrix",
@@ -445,10 +721,10 @@ STAGES: tuple[Stage, ...] = (
         settings=lambda recipe, _: ImatrixSettings(imatrix=recipe.imatrix, cmake=host_cmake()),
         inputs=lambda recipe: {
             "gguf": Made("convert", "model-f16.gguf"),
-            "rows": Made("generate", "train.jsonl"),
+            "rows": Made("select", "train.jsonl"),
             "tokenizer": TokenizerOf("merge"),
         },
-        uses_llama_cpp=True,
+        uses_llama_cpp=lambda _: True,
     ),
     Stage(
         "quantize",
@@ -459,24 +735,30 @@ STAGES: tuple[Stage, ...] = (
             "gguf": Made("convert", "model-f16.gguf"),
             "imatrix": Made("imatrix", "imatrix.gguf"),
         },
-        uses_llama_cpp=True,
+        uses_llama_cpp=lambda _: True,
     ),
     Stage(
         "evaluate",
         _evaluate,
         EvaluateSettings,
-        settings=lambda recipe, _: EvaluateSettings(batch_tokens=recipe.evaluate.batch_tokens, cmake=host_cmake()),
-        inputs=lambda recipe: {
-            "held_out": Made("generate", "held_out.jsonl"),
-            "teacher": Made("teacher", CHECKPOINT),
-            "student": Made("student", CHECKPOINT),
-            "adapter": Made("distill", "adapter"),
-            "merged": Made("merge", CHECKPOINT),
-            "gguf_16bit": Made("convert", "model-f16.gguf"),
-            "gguf_quantized": Made("quantize", "model.gguf"),
-            "quantize_facts": Made("quantize", "quantize.json"),
-        },
-        uses_llama_cpp=True,
+        settings=lambda recipe, _: EvaluateSettings(
+            batch_tokens=recipe.evaluate.batch_tokens,
+            load_teacher_in_4bit=recipe.teacher.load_in_4bit,
+            cmake=host_cmake(),
+        ),
+        inputs=lambda recipe: _given(
+            held_out=Made("select", "held_out.jsonl"),
+            vocabulary=Made("vocabulary", "vocabulary.json"),
+            teacher=_local_teacher(recipe),
+            gguf_teacher=_gguf_teacher(recipe),
+            student=Made("student", CHECKPOINT),
+            adapter=_adapter(recipe),
+            merged=Made("merge", CHECKPOINT),
+            gguf_16bit=Made("convert", "model-f16.gguf"),
+            gguf_quantized=Made("quantize", "model.gguf"),
+            quantize_facts=Made("quantize", "quantize.json"),
+        ),
+        uses_llama_cpp=lambda _: True,
     ),
     Stage(
         "bundle",
@@ -493,10 +775,10 @@ STAGES: tuple[Stage, ...] = (
             "gguf": Made("quantize", "model.gguf"),
             "quantize_facts": Made("quantize", "quantize.json"),
             "ledger": Made("evaluate", "ledger.json"),
-            "golden": Made("generate", "held_out.jsonl"),
+            "golden": Made("select", "held_out.jsonl"),
         },
         per_target=True,
-        uses_llama_cpp=True,
+        uses_llama_cpp=lambda _: True,
     ),
     Stage(
         "smoke",
@@ -549,5 +831,7 @@ def steps(recipe: Recipe, targets: tuple[str, ...] | None = None) -> list[Step]:
     profiles = [read_target(name) for name in (targets or recipe.bundle.targets)]
     result = []
     for stage in STAGES:
+        if not stage.wanted(recipe):
+            continue
         result += [Step(stage, profile) for profile in profiles] if stage.per_target else [Step(stage)]
     return result

@@ -7,9 +7,11 @@ from typing import Any
 
 from toolchain.artifact import Artifact, write_atomic
 from toolchain.errors import ArtifactError
+from toolchain.evaluate import compare_text
+from toolchain.evaluate.gates import JUDGED_BY
 from toolchain.runner import Pipeline
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 
@@ -40,6 +42,8 @@ def collect(pipeline: Pipeline) -> dict[str, Any]:
         "recipe": pipeline.recipe.name,
         "version": pipeline.recipe.version,
         "ledger": ledger,
+        "compare": _read_if(artifacts, "compare", "compare.json"),
+        "compare_timing": _read_if(artifacts, "compare", "timing.json"),
         "gates": [gate.as_dict() for gate in pipeline.gates()],
         "targets": {
             step.target.name: {
@@ -76,12 +80,15 @@ def render(data: dict[str, Any]) -> str:
     ledger = data["ledger"]
     parts = [
         f"# {data['recipe']} {data['version']}: what was gained and lost",
-        f"Held out: {ledger['held_out_rows']} questions, {ledger['answer_tokens']} answer tokens of the teacher, "
-        f"vocabulary {ledger['vocabulary']}. KL in nats per answer token at temperature 1.",
+        _held_out(ledger),
         _markdown(_ledger_table(ledger)),
+        _gain(ledger["gain"]),
         _gates(data["gates"]),
         _quantization(ledger["quantization"]),
     ]
+    if data["compare"] is not None:
+        # One level down: its title is a part of this report.
+        parts.append(compare_text.render(data["compare"], data["compare_timing"]).replace("# ", "## ").strip())
     for target, found in data["targets"].items():
         parts.append(f"## {target}\n\nBundle: {found['bundle']}")
         if found["smoke"] is not None:
@@ -92,22 +99,48 @@ def render(data: dict[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def _held_out(ledger: dict[str, Any]) -> str:
+    text = (
+        f"Held out: {ledger['held_out_rows']} questions, {ledger['answer_tokens']} answer tokens, vocabulary "
+        f"{ledger['vocabulary']}. KL and cross-entropy in nats per answer token at temperature 1."
+    )
+    if ledger["gain"]["judged_by"] == "kl_to_teacher":
+        return text
+    found = ledger["tokenizers"]
+    why = found["prompts"] or f"the verdict on the tokenizers is '{found['verdict']}'"
+    return f"{text} KL to the teacher is undefined: {why}. What counts is the cross-entropy of the held-out answers."
+
+
 def _ledger_table(ledger: dict[str, Any]) -> Table:
-    head = ("form", "parameters", "MB", "perplexity", "KL to teacher", "top-1", "KL to the row before")
+    by_kl = ledger["gain"]["judged_by"] == "kl_to_teacher"
+    judged = ("perplexity", "KL to teacher", "top-1") if by_kl else ("cross-entropy", "perplexity")
+    head = ("form", "parameters", "MB", *judged, "KL to the row before")
     rows = [
         (
             row["name"],
             _millions(row["parameters"])
             + (f" + {_millions(row['adapter_parameters'])}" if row["adapter_parameters"] else ""),
             f"{row['bytes'] / 1e6:.1f}",
-            f"{row['perplexity']:.3f}",
-            f"{row['kl_to_teacher']:.4f}",
-            f"{100 * row['top1_agreement']:.1f} %",
+            *(_judged_by_kl(row) if by_kl else (f"{row['cross_entropy']:.4f}", f"{row['perplexity']:.3f}")),
             "" if row["kl_to_previous"] is None else f"{row['kl_to_previous']:.2e}",
         )
         for row in ledger["rows"]
     ]
     return head, rows
+
+
+def _judged_by_kl(row: dict[str, Any]) -> tuple[str, str, str]:
+    return f"{row['perplexity']:.3f}", f"{row['kl_to_teacher']:.4f}", f"{100 * row['top1_agreement']:.1f} %"
+
+
+def _gain(gain: dict[str, Any]) -> str:
+    name = JUDGED_BY[gain["judged_by"]]
+    text = f"Distillation lowered the {name}" if gain["difference"] > 0 else f"Distillation did not lower the {name}"
+    text += f": {gain['before']:.4f} before, {gain['after']:.4f} after, before − after {gain['difference']:.4f}"
+    if gain["low"] is None:
+        return f"{text} (a single question: no interval)."
+    interval = f"{100 * gain['confidence']:.0f} % interval {gain['low']:.4f} to {gain['high']:.4f}"
+    return f"{text} ({interval}: paired bootstrap over the held-out questions, {gain['resamples']} resamples)."
 
 
 def _millions(count: int) -> str:
@@ -124,7 +157,6 @@ def _gates(gates: list[dict[str, Any]]) -> str:
 
 def _quantization(facts: dict[str, Any]) -> str:
     types = ", ".join(f"{count} × {kind}" for kind, count in sorted(facts["tensor_types"].items()))
-    stored = f"{facts['file_type']}: {facts['bits_per_weight']:.2f} bits per weight as stored"
     stored = f"{facts['file_type']}: {facts['bits_per_weight']:.2f} bits per weight as stored"
     text = f"## Quantization\n\n{stored}. Tensors: {types}."
     fallbacks = facts["fallbacks"]

@@ -3,12 +3,13 @@
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from toolchain.artifact import (
+    CHECKPOINT,
     REFERENCE,
     RESUME,
     Artifact,
@@ -22,10 +23,9 @@ from toolchain.artifact import (
     open_artifact,
     partial_of,
 )
-from toolchain.errors import ArtifactError, GateError, HostError
+from toolchain.errors import ArtifactError, GateError, HostError, RecipeError
 from toolchain.evaluate.gates import Gate, check_gates, failed_gates
 from toolchain.pipeline import (
-    CHECKPOINT,
     BundleStageSettings,
     Made,
     Source,
@@ -39,10 +39,20 @@ from toolchain.pipeline import (
 )
 from toolchain.recipe import Recipe
 from toolchain.reporter import Reporter
-from toolchain.settings import Settings
+from toolchain.settings import Settings, without_operational
 from toolchain.worker import run_in_worker
 
-_TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "chat_template", "vocab", "merges", "spiece")
+# With generation_config.json, since it can name further tokens that end an answer.
+_TOKENIZER_FILES = (
+    "tokenizer",
+    "special_tokens",
+    "added_tokens",
+    "chat_template",
+    "vocab",
+    "merges",
+    "spiece",
+    "generation_config",
+)
 State = Literal["reuse", "run", "resume", "wait"]
 
 
@@ -57,6 +67,8 @@ class Planned:
     inputs: dict[str, Path] | None = None
     final: Path | None = None
     artifact: Artifact | None = None
+    settings: Settings | None = None
+    """What the stage is given: what the fingerprint is over, and the operational keys."""
 
 
 class Pipeline:
@@ -84,12 +96,19 @@ class Pipeline:
         until: str | None = None,
         verify: bool = False,
         command: str = "run",
+        launcher: Sequence[str] = (),
     ) -> None:
         """Run what has to be run. `only`: that stage alone, whose inputs must be there; `until`: up to that stage.
+
+        `launcher` starts the stages that several processes can share, such as ("torchrun", "--nproc-per-node", "2").
 
         `on_step` is called before a step (artifact None) and after it. Raises what the stages raise, and GateError
         when quality gates keep a bundle from being built.
         """
+        asked = only or until
+        if asked is not None and all(step.stage.name != asked for step in self.steps):
+            hint = "the recipe leaves it out: `toolchain plan` shows the stages that it has"
+            raise RecipeError(f"{self.recipe.name}: nothing to do for stage {asked}", hint=hint)
         with lock(self.work, what=command):
             self.check_llama_cpp(only=only, until=until)
             self._done.clear()
@@ -103,7 +122,7 @@ class Pipeline:
                 if planned.artifact is None:
                     self._refuse_failed_gates(step)
                     on_step(planned, None)
-                    planned = self._run_step(planned, report)
+                    planned = self._run_step(planned, report, launcher if step.stage.parallel else ())
                 assert planned.artifact is not None
                 on_step(planned, planned.artifact)
                 if until == step.stage.name and not (step.stage.per_target and step != self._last_of(until)):
@@ -129,7 +148,7 @@ class Pipeline:
         from toolchain.gguf import llama_cpp
 
         for step in self.steps:
-            if step.stage.uses_llama_cpp and only in (None, step.stage.name):
+            if step.stage.uses_llama_cpp(self.recipe) and only in (None, step.stage.name):
                 llama_cpp.find(_cmake_of(step))
             if step.stage.name == until:
                 return
@@ -153,7 +172,7 @@ class Pipeline:
                 return Planned(step, "wait", f"needs {source.stage}, which is not done")
             inputs[name], digests[name] = found
         settings: Settings = without_paths(stage.settings(self.recipe, step.target))
-        if stage.uses_llama_cpp:
+        if stage.uses_llama_cpp(self.recipe):
             from toolchain.gguf import llama_cpp
 
             try:
@@ -162,21 +181,36 @@ class Pipeline:
                 return Planned(step, "wait", f"needs llama.cpp: {error.message}; {error.hint}")
         if isinstance(settings, BundleStageSettings):
             settings = settings.model_copy(update={"lineage": self._lineage()})
-        order = Order(stage.name, stage.version, settings.model_dump(mode="json"), digests)
+        asked = without_operational(settings).model_dump(mode="json")
+        order = Order(stage.name, stage.version, asked, digests)
         final = self.work / step.folder / order.fingerprint[:16]
         if final.exists():
             artifact = open_artifact(final, expect=order.fingerprint, verify=verify)
             if _refers_elsewhere(artifact, inputs):
-                return Planned(step, "run", "the model has moved", order, inputs, final)
+                return Planned(step, "run", "the model has moved", order, inputs, final, settings=settings)
             self._done[step.name] = artifact
-            return Planned(step, "reuse", "unchanged", order, inputs, final, artifact)
+            return Planned(step, "reuse", "unchanged", order, inputs, final, artifact, settings)
         resume = partial_of(final) / RESUME
         if resume.is_dir() and any(resume.iterdir()):
-            return Planned(step, "resume", "was interrupted; goes on from what it saved", order, inputs, final)
-        return Planned(step, "run", self._why(step, order, final), order, inputs, final)
+            return Planned(
+                step, "resume", "was interrupted; goes on from what it saved", order, inputs, final, settings=settings
+            )
+        return Planned(step, "run", self._why(step, order, final), order, inputs, final, settings=settings)
 
     def _lineage(self) -> dict[str, str]:
-        names = ("teacher", "student", "generate", "distill", "merge", "convert", "imatrix", "quantize", "evaluate")
+        names = (
+            "teacher",
+            "student",
+            "generate",
+            "select",
+            "distill",
+            "on_policy",
+            "merge",
+            "convert",
+            "imatrix",
+            "quantize",
+            "evaluate",
+        )
         lineage = {name: f"sha256:{self._done[name].digest}" for name in names if name in self._done}
         for name in ("train", "held_out"):
             lineage[f"data_{name}"] = f"sha256:{self._done['generate'].manifest.inputs[name]}"
@@ -224,25 +258,26 @@ class Pipeline:
         ]  # fmt: skip
         return "; ".join(changes[:4]) or "made from other settings"
 
-    def _run_step(self, planned: Planned, report: Reporter) -> Planned:
+    def _run_step(self, planned: Planned, report: Reporter, launcher: Sequence[str]) -> Planned:
         assert planned.order is not None
         assert planned.final is not None
         assert planned.inputs is not None
+        assert planned.settings is not None
         step, order, final = planned.step, planned.order, planned.final
         if step.stage.name == "bundle":
             # What is shipped is read again in full: a bit that flipped on the disk must not leave the house.
-            for name in ("quantize", "evaluate", "generate"):
+            for name in ("quantize", "evaluate", "select"):
                 open_artifact(self._done[name].path, verify=True)
         partial, _ = clean_partial(final)
         started_s = time.time()
         job = {
             "stage": step.stage.name,
-            "settings": order.settings,
+            "settings": planned.settings.model_dump(mode="json"),
             "inputs": {name: str(path.resolve()) for name, path in planned.inputs.items()},
             "out": str(partial.resolve()),
         }
         log = self.work / "logs" / f"{step.folder}.log"
-        metrics = run_in_worker(job, log=log, report=report)
+        metrics = run_in_worker(job, log=log, report=report, launcher=launcher)
         if final.exists():  # a reference to where the model was before
             shutil.rmtree(final)
         artifact = commit(final, order, metrics=metrics, started_s=started_s, tools=base_tools())

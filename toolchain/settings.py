@@ -9,6 +9,7 @@ import tomllib
 import types
 import typing
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -37,6 +38,28 @@ def _from_file_location(path: Path, info: ValidationInfo) -> Path:
 
 
 ExistingPath = Annotated[Path, AfterValidator(_from_file_location)]
+
+
+@dataclass(frozen=True)
+class _Operational:
+    pass
+
+
+OPERATIONAL = _Operational()
+"""Marks a key that says how something is obtained and not what: it is not part of a fingerprint."""
+
+
+def without_operational(value: Any) -> Any:
+    """The same settings with every operational key at its default."""
+    if not isinstance(value, Settings):
+        return value
+    update = {
+        name: field.default if OPERATIONAL in field.metadata else without_operational(getattr(value, name))
+        for name, field in type(value).model_fields.items()
+        if OPERATIONAL in field.metadata or isinstance(getattr(value, name), Settings)
+    }
+    return value.model_copy(update=update)
+
 
 S = TypeVar("S", bound=Settings)
 

@@ -1,5 +1,6 @@
 """One stage in a process of its own: the parent's half starts it and relays its events, the child's half runs it.
 
+A launcher (torchrun, `accelerate launch`) makes it several processes, on one host or more, of which the first reports.
 A process each keeps memory and the patches of heavy libraries apart, keeps their chatter off the terminal (it goes to
 the stage's log), and turns an out-of-memory kill into one clear error. Events are JSON lines on a pipe.
 """
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TextIO
@@ -20,7 +21,7 @@ from typing import Any, NoReturn, TextIO
 from toolchain import errors
 from toolchain.errors import HostError, ToolchainError
 from toolchain.process import die_with_parent, stop
-from toolchain.reporter import Reporter, Task
+from toolchain.reporter import Reporter, Silent, Task
 
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
@@ -28,6 +29,7 @@ OFFLINE = {
     "TRANSFORMERS_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "UNSLOTH_DISABLE_STATISTICS": "1",
+    "UNSLOTH_AUTO_INSTALL": "0",
     "DO_NOT_TRACK": "1",
     "WANDB_DISABLED": "true",
 }
@@ -42,31 +44,42 @@ _ENVIRONMENT = {
 _EVENT_GAP_S = 0.1
 
 
-def run_in_worker(job: Mapping[str, Any], *, log: Path, report: Reporter) -> dict[str, Any]:
+def run_in_worker(
+    job: Mapping[str, Any], *, log: Path, report: Reporter, launcher: Sequence[str] = ()
+) -> dict[str, Any]:
     """Run one stage (`stage`, `settings`, `inputs`, `out`) in a fresh Python; its metrics come back.
 
-    Raises what the stage raised if it is a ToolchainError, HostError when it was killed, and StageCrashError for a bug.
+    `launcher` is a command that starts `-m MODULE ARGUMENTS` in several processes. The job is kept beside the log, for
+    a launcher on a further host: `… -m toolchain.worker - JOB`. Raises what the stage raised if it is a ToolchainError,
+    HostError when it was killed, and StageCrashError for a bug.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
+    job_file = log.with_suffix(".job.json")
+    job_file.write_text(json.dumps(job), encoding="utf-8")
     read_end, write_end = os.pipe()
+    # A launcher inherits the descriptor and does not hand it on: its processes open it as their parent's.
+    events_at = f"parent:{write_end}" if launcher else str(write_end)
+    argv = [*(launcher or (sys.executable,)), "-m", "toolchain.worker", events_at, str(job_file)]
     with log.open("w", encoding="utf-8") as out:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "toolchain.worker", str(write_end)],
-            stdin=subprocess.PIPE,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            pass_fds=(write_end,),
-            env={**os.environ, **_ENVIRONMENT},
-            start_new_session=True,  # Ctrl-C reaches us alone, and we end the child in order
-            preexec_fn=die_with_parent,  # noqa: PLW1509 - one prctl call, no locks taken
-            text=True,
-        )
-    os.close(write_end)
+        try:
+            child = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                pass_fds=(write_end,),
+                env={**os.environ, **_ENVIRONMENT},
+                start_new_session=True,  # Ctrl-C reaches us alone, and we end the child in order
+                preexec_fn=die_with_parent,  # noqa: PLW1509 - one prctl call, no locks taken
+                text=True,
+            )
+        except OSError as failure:
+            os.close(read_end)
+            raise HostError(f"cannot start {argv[0]}: {failure.strerror}", hint="is it on the PATH?") from failure
+        finally:
+            os.close(write_end)
     try:
         with os.fdopen(read_end, encoding="utf-8") as events:
-            assert child.stdin is not None
-            child.stdin.write(json.dumps(job))
-            child.stdin.close()
             outcome = _relay(events, report)
         code = child.wait()
     except BaseException:
@@ -113,7 +126,7 @@ def _relay(events: TextIO, report: Reporter) -> dict[str, Any] | None:
             report.finish(tasks.pop(event["finish"]))
         elif "line" in event:
             report.line(event["line"])
-        else:
+        elif outcome is None or "error" not in outcome:
             outcome = event
     return outcome
 
@@ -139,8 +152,8 @@ class _PipeTask:
 class _PipeReporter:
     """The Reporter of the child's half."""
 
-    def __init__(self, descriptor: int) -> None:
-        self._out = os.fdopen(descriptor, "w", encoding="utf-8")
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
         self._count = 0
 
     def send(self, event: dict[str, Any]) -> None:
@@ -183,18 +196,34 @@ def explain(error: BaseException, stage: str) -> dict[str, Any]:
     return {"error": "bug", "message": f"{type(error).__name__}: {error}", "hint": None}
 
 
+def _open_events(where: str) -> TextIO:
+    """Where events go: "7", a descriptor; "parent:7", the parent's; "-", nowhere, as on a further host."""
+    if where == "-":
+        return Path(os.devnull).open("w", encoding="utf-8")
+    owner, _, number = where.rpartition(":")
+    if owner:
+        return Path(f"/proc/{os.getppid()}/fd/{number}").open("w", encoding="utf-8")
+    return os.fdopen(int(number), "w", encoding="utf-8")
+
+
 def main() -> int:
-    """The child's half: the job comes on stdin, events leave on the descriptor named in argv."""
+    """The child's half. Arguments: where events go, and the file with the job."""
     signal.signal(signal.SIGTERM, _interrupt)
-    pipe = _PipeReporter(int(sys.argv[1]))
-    job = json.loads(sys.stdin.read())
+    os.environ.update(_ENVIRONMENT)  # on a further host nobody else has
+    events, job_file = sys.argv[1:]
+    if events.startswith("parent:"):
+        die_with_parent()  # a launcher that is killed must leave no second writer behind
+    pipe = _PipeReporter(_open_events(events))
+    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
+    first = os.environ.get("RANK", "0") == "0"
     try:
         from toolchain.pipeline import stage_called
 
         stage = stage_called(job["stage"])
         metrics = stage.run_job(job["settings"], {name: Path(path) for name, path in job["inputs"].items()},
-                                Path(job["out"]), pipe)  # fmt: skip
-        pipe.send({"result": metrics})
+                                Path(job["out"]), pipe if first else Silent())  # fmt: skip
+        if first:
+            pipe.send({"result": metrics})
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

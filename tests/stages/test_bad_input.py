@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.stages.recipe_files import make_recipe, toolchain
+from tests.tiny import make_tiny_checkpoint
 from toolchain.errors import HostError
 from toolchain.gguf import llama_cpp
 from toolchain.pipeline import host_cmake
@@ -57,10 +58,10 @@ def _a_missing_shard(folder: Path) -> None:
     (teacher / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def _no_template(folder: Path) -> None:
-    for path in (folder / "teacher").glob("chat_template*"):
+def _no_template(folder: Path, model: str = "teacher") -> None:
+    for path in (folder / model).glob("chat_template*"):
         path.unlink()
-    config = folder / "teacher" / "tokenizer_config.json"
+    config = folder / model / "tokenizer_config.json"
     content = json.loads(config.read_text())
     content.pop("chat_template", None)
     config.write_text(json.dumps(content))
@@ -81,7 +82,7 @@ def _a_gguf_teacher_that_is_cut(folder: Path) -> None:
         (_train(ONE_ROW + '{"frage": "Und cp?"}\n'), ["train.jsonl", "row 2"]),
         (_train(ONE_ROW.encode() + b'{"question": "caf\xe9?", "answer": "x"}\n'), ["train.jsonl", "UTF-8"]),
         (_train(ONE_ROW + "{not json\n"), ["train.jsonl", "2", "JSON"]),
-        (_train(json.dumps({"question": "Why?", "answer": "word " * 400}) + "\n"), ["row 1", "160"]),
+        (_train(json.dumps({"question": "Why?", "answer": "word " * 400}) + "\n"), ["row-1", "160"]),
         (_train('{"question": "What does the command  SS do?", "answer": "x"}\n'), ["held_out", "train"]),
         (_cut_weights, ["model.safetensors", "cut off"]),
         (_only_a_pickle, ["pytorch_model.bin", "pickle"]),
@@ -96,14 +97,83 @@ def _a_gguf_teacher_that_is_cut(folder: Path) -> None:
 )  # fmt: skip
 def test_bad_input_is_one_error_that_names_it(recipe: Path, spoil: Callable[[Path], None], says: list[str]) -> None:
     spoil(recipe.parent)
-    done = toolchain(recipe, "run", "--until", "generate")
+    done = toolchain(recipe, "run", "--until", "select")
     assert done.returncode in (1, 2), done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, done.stderr
     for word in says:
         assert word.lower() in errors[0].lower()
     assert "Traceback" not in done.stderr
-    assert not list((recipe.parent / "work" / "generate").glob("*/manifest.json"))
+    assert not list((recipe.parent / "work" / "select").glob("*/manifest.json"))
+
+
+def _a_cut_tokenizer(folder: Path) -> None:
+    path = folder / "student" / "tokenizer.json"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def _a_merge_of_unknown_tokens(folder: Path) -> None:
+    path = folder / "student" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["merges"].append(["no such", "tokens"])
+    path.write_text(json.dumps(content))
+
+
+def _fewer_rows_than_tokens(folder: Path) -> None:
+    make_tiny_checkpoint(folder / "small", vocabulary=400)
+    for name in ("model.safetensors", "config.json"):
+        (folder / "small" / name).replace(folder / "student" / name)
+
+
+def _a_template_that_is_no_template(folder: Path) -> None:
+    (folder / "student" / "chat_template.jinja").write_text("{% for message in messages %}")
+
+
+def _another_tokenizer(folder: Path) -> None:
+    shutil.rmtree(folder / "student")
+    make_tiny_checkpoint(folder / "student", vocabulary=400)
+
+
+@pytest.fixture
+def with_student(recipe: Path) -> Path:
+    """The student is a folder of its own."""
+    make_tiny_checkpoint(recipe.parent / "student")
+    recipe.write_text(recipe.read_text().replace("keep_layers = [0, 2]", 'model = "student"'))
+    return recipe
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda folder: _no_template(folder, "student"), ["student", "no chat template"]),
+        (_a_cut_tokenizer, ["student", "the tokenizer cannot be loaded"]),
+        (_a_merge_of_unknown_tokens, ["student", "the tokenizer cannot be loaded", "out of vocabulary"]),
+        (_fewer_rows_than_tokens, ["student", "400 embedding rows", "ids up to 511"]),
+        (_a_template_that_is_no_template, ["student", "the chat template cannot be rendered"]),
+        (_another_tokenizer, ["teacher (512 tokens)", "student (400 tokens)", "different tokenizers", "ids differ"]),
+    ],
+    ids=["no template", "cut tokenizer", "unknown merge", "few rows", "template", "another tokenizer"],
+)
+def test_a_student_that_cannot_learn_so_is_one_error_before_anything_heavy(
+    with_student: Path, spoil: Callable[[Path], None], says: list[str]
+) -> None:
+    spoil(with_student.parent)
+    done = toolchain(with_student, "run")
+    assert done.returncode == 1, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    for word in says:
+        assert word in errors[0]
+    assert "\nhint: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (with_student.parent / "work" / "generate").exists()
+
+
+def test_another_tokenizer_is_fine_where_the_answers_alone_teach(with_student: Path) -> None:
+    _another_tokenizer(with_student.parent)
+    done = toolchain(with_student, "run", "--until", "vocabulary", "--set", "distill.method=answers")
+    assert done.returncode == 0, done.stderr
+    assert "two tokenizers" in done.stderr
 
 
 def test_a_layer_that_the_teacher_does_not_have_is_named_with_those_it_has(recipe: Path) -> None:

@@ -4,9 +4,11 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,8 @@ import pytest
 
 from tests.tiny import make_tiny_checkpoint
 from toolchain.data.rows import read_rows
-from toolchain.errors import ArtifactError, DataError, GateError, ModelError, RecipeError
-from toolchain.recipe import Capture, Data, Distill, Generate, Merge, Student, Teacher
+from toolchain.errors import ArtifactError, GateError, ModelError, RecipeError
+from toolchain.recipe import Capture, Data, Distill, Generate, Merge, Select, Student, Teacher
 from toolchain.reporter import Silent
 
 torch = pytest.importorskip("torch")
@@ -67,18 +69,35 @@ def _data(folder: Path) -> tuple[Path, Path]:
     return train, held_out
 
 
-def _generate(made: dict[str, Path], out: Path, **settings: Any) -> dict[str, Any]:
-    from toolchain.teacher import generate
+def _rows(made: dict[str, Path], out: Path) -> None:
+    """train.jsonl and held_out.jsonl with the teacher's answers, in `out`/select."""
+    from toolchain.teacher import generate, select
 
-    data = {name: settings.pop(name) for name in ("max_length", "too_long", "system") if name in settings}
-    return generate.run(
-        Generate(**{"max_new_tokens": 12, "truncated": "keep", "batch_size": 4, **settings}),
-        Data(train=made["train"], held_out=made["held_out"], **data),
+    data = Data(train=made["train"], held_out=made["held_out"])
+    generate.run(
+        Generate(max_new_tokens=12, batch_size=4),
+        data,
         seed=1,
         teacher=made["teacher"],
+        gguf=None,
+        endpoint=None,
+        load_in_4bit=False,
+        llama=None,
         train=made["train"],
         held_out=made["held_out"],
-        out=out,
+        out=_fresh(out / "generate"),
+        report=Silent(),
+    )
+    (out / "vocabulary.json").write_text(json.dumps({"verdict": "same", "ids": 512}))
+    select.run(
+        Select(truncated="keep"),
+        data,
+        max_new_tokens=12,
+        answers=out / "generate" / generate.OUTPUT,
+        student=made["base"],
+        vocabulary=out / "vocabulary.json",
+        embedding_model=None,
+        out=_fresh(out / "select"),
         report=Silent(),
     )
 
@@ -96,15 +115,18 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made["teacher"] = make_tiny_checkpoint(root / "teacher", layers=3)
     base.prepare(Student(keep_layers=(0, 2)), model=made["teacher"], out=_fresh(root / "student"), report=Silent())
     made["base"] = root / "student" / "checkpoint"
-    _generate(made, _fresh(root / "generate"))
-    made["rows"] = root / "generate" / "train.jsonl"
-    made["held_out_rows"] = root / "generate" / "held_out.jsonl"
+    _rows(made, root)
+    made["rows"] = root / "select" / "train.jsonl"
+    made["held_out_rows"] = root / "select" / "held_out.jsonl"
     made["logits"] = _fresh(root / "capture")
     capture.run(
         Capture(top_k=16, batch_tokens=128),
         temperatures=(1.0, TEMPERATURE),
         teacher=made["teacher"],
-        student=made["base"],
+        gguf=None,
+        load_in_4bit=False,
+        llama=None,
+        vocabulary=_same_vocabulary(root / "vocabulary.json", made["teacher"]),
         rows=made["rows"],
         out=made["logits"],
         report=Silent(),
@@ -115,11 +137,20 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
+def _same_vocabulary(path: Path, teacher: Path) -> Path:
+    from toolchain.student import vocabulary
+
+    path.write_text(json.dumps(asdict(vocabulary.verdict(teacher, teacher))))
+    return path
+
+
 def _distill(made: dict[str, Path], out: Path, settings: Distill, report: Silent | None = None) -> dict[str, Any]:
     from toolchain.student import distill
 
     return distill.run(
         settings,
+        engine="transformers",
+        max_length=128,
         seed=3,
         base=made["base"],
         rows=made["rows"],
@@ -231,176 +262,6 @@ def test_a_layer_that_is_not_there_is_named_with_the_count(made: dict[str, Path]
         base.prepare(Student(keep_layers=(0, 3)), model=made["teacher"], out=tmp_path, report=Silent())
 
 
-# --- generate
-
-
-def test_batched_answers_are_those_of_one_question_at_a_time(made: dict[str, Path], tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    out = _fresh(tmp_path / "float32")
-    _generate(made, out, batch_size=4)
-    model = AutoModelForCausalLM.from_pretrained(made["teacher"], dtype=_decoding_type()).eval()
-    agree = 0
-    rows = read_rows(out / "train.jsonl")
-    for row in rows:
-        with torch.inference_mode():
-            whole = model.generate(
-                torch.tensor([row.prompt_ids]),
-                attention_mask=torch.ones(1, len(row.prompt_ids), dtype=torch.long),
-                max_new_tokens=12,
-                do_sample=False,
-            )
-        agree += tuple(whole[0, len(row.prompt_ids) :].tolist()) == row.answer_ids
-    # Sixteen-bit sums depend on the shape of the batch, and a near-tie may fall the other way.
-    assert agree >= len(rows) - 2
-
-
-def _decoding_type() -> Any:
-    from toolchain.student import precision
-
-    return precision.decoding_type(torch.device("cpu"))
-
-
-def test_eos_ends_an_answer_exactly_when_it_stopped(made: dict[str, Path], tmp_path: Path) -> None:
-    _generate(made, tmp_path, sampling_temperature=5.0, max_new_tokens=200, max_length=512)
-    rows = read_rows(tmp_path / "train.jsonl")
-    assert {row.finish for row in rows} <= {"stop", "length"}
-    assert any(row.finish == "stop" for row in rows), "the test proves nothing without a row that stopped"
-    for row in rows:
-        assert (row.answer_ids[-1] == 2) == (row.finish == "stop")
-        assert 2 not in row.answer_ids[:-1]
-
-
-def test_a_resumed_generation_asks_only_what_is_missing_and_answers_the_same(
-    made: dict[str, Path], tmp_path: Path
-) -> None:
-    whole, cut = _fresh(tmp_path / "whole"), _fresh(tmp_path / "cut")
-    _generate(made, whole, sampling_temperature=1.0)
-    journal = (whole / "resume" / "answers.jsonl").read_bytes()
-    first = journal.index(b"\n") + 1
-    _fresh(cut / "resume")
-    (cut / "resume" / "answers.jsonl").write_bytes(journal[: first + 7])
-    metrics = _generate(made, cut, sampling_temperature=1.0)
-    assert metrics["rows_resumed"] == 4
-    assert _bytes(cut) == _bytes(whole)
-    assert (cut / "resume" / "answers.jsonl").read_bytes() == journal
-
-
-def test_answers_of_the_data_set_end_with_the_eos_of_their_turn(made: dict[str, Path], tmp_path: Path) -> None:
-    from toolchain.student import load
-
-    _generate(made, tmp_path, answers="dataset")
-    tokenizer = load.load_tokenizer(made["teacher"])
-    row = read_rows(tmp_path / "train.jsonl")[3]
-    assert row.answer == "It is number 3."
-    assert row.answer_ids[-1] == tokenizer.eos_token_id
-    assert tokenizer.decode(row.answer_ids[:-1]).strip() == row.answer
-    assert tokenizer.decode(row.prompt_ids).endswith("assistant\n")
-
-
-def test_a_row_that_is_too_long_is_named_or_dropped_and_counted(made: dict[str, Path], tmp_path: Path) -> None:
-    from toolchain.student import load
-    from toolchain.teacher.generate import render
-
-    tokenizer = load.load_tokenizer(made["teacher"])
-    rows = read_rows(made["rows"])
-    assert all(render(tokenizer, row.messages, where=row.id) == row.prompt_ids for row in rows)
-    longest = sorted(len(row.prompt_ids) for row in rows)[len(rows) // 2] + 12
-    with pytest.raises(DataError, match=r"row \d+: the question alone has \d+ tokens; data.max_length is 16"):
-        _generate(made, _fresh(tmp_path / "error"), answers="dataset", max_length=16)
-    with pytest.raises(DataError, match="none of 9 rows is left"):
-        _generate(made, _fresh(tmp_path / "none"), answers="dataset", max_length=16, too_long="drop")
-    metrics = _generate(made, _fresh(tmp_path / "drop"), max_length=longest, too_long="drop")
-    kept = read_rows(tmp_path / "drop" / "train.jsonl")
-    assert 0 < len(kept) < 9
-    assert all(len(row.token_ids) <= longest for row in kept)
-    assert metrics["dropped"]["train_too_long"] == 9 - len(kept)
-
-
-def test_truncated_answers_are_dropped_and_counted(made: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(DataError, match='"train_truncated": 9'):
-        _generate(made, tmp_path, truncated="drop", max_new_tokens=1)
-
-
-# --- capture
-
-
-def test_the_cache_holds_the_teachers_probabilities(made: dict[str, Path]) -> None:
-    from toolchain.student import load
-    from toolchain.teacher.logit_cache import Reader
-
-    model, _ = load.load_model(made["teacher"], dtype=torch.float32, device="cpu")
-    reader = Reader(made["logits"])
-    for row in read_rows(made["rows"]):
-        with torch.inference_mode():
-            logits = model(torch.tensor([row.token_ids])).logits[0, len(row.prompt_ids) - 1 : -1].double()
-        for temperature in (1.0, TEMPERATURE):
-            ids, logprobs = reader.at_temperature(row, temperature)
-            expected = (logits / temperature).log_softmax(-1).gather(-1, torch.from_numpy(ids)).numpy()
-            filled = np.isfinite(logprobs)
-            assert np.abs(logprobs - expected)[filled].max() < 4e-3  # half a step of float16 between 4 and 8
-            kept = np.where(filled, np.exp(logprobs.astype(np.float64)), 0).sum(-1)
-            true = np.where(filled, np.exp(expected), 0).sum(-1)
-            assert np.abs(kept - true).max() < 1e-5
-
-
-def test_a_capture_that_was_killed_goes_on_and_gives_the_same_files(
-    made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from toolchain.teacher import capture
-    from toolchain.teacher.logit_cache import Writer
-
-    monkeypatch.setattr(capture, "SHARD_TOKENS", 30)
-    options: dict[str, Any] = {
-        "temperatures": (TEMPERATURE,),
-        "teacher": made["teacher"],
-        "student": made["base"],
-        "rows": made["rows"],
-        "report": Silent(),
-    }
-    whole, cut = _fresh(tmp_path / "whole"), _fresh(tmp_path / "cut")
-    settings = Capture(top_k=8, batch_tokens=100)
-    capture.run(settings, out=whole, **options)
-    write = Writer.write
-
-    def dies(self: Writer, shard: int, rows: Any) -> None:
-        if shard == 2:
-            raise KeyboardInterrupt
-        write(self, shard, rows)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Writer, "write", dies)
-        with pytest.raises(KeyboardInterrupt):
-            capture.run(settings, out=cut, **options)
-    (cut / "resume" / "shard-00001.safetensors").write_bytes(b"half")
-    metrics = capture.run(settings, out=cut, **options)
-    assert 0 < metrics["rows_resumed"] < 9
-    assert len(list(whole.glob("shard-*.safetensors"))) >= 3
-    assert _bytes(cut) == _bytes(whole)
-
-
-def test_logits_that_are_not_finite_name_the_row(made: dict[str, Path], tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    from toolchain.teacher import capture
-
-    folder = tmp_path / "teacher"
-    shutil.copytree(made["teacher"], folder)
-    weights = load_file(folder / "model.safetensors")
-    weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], float("nan"))
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"logits for row row-\d+ are not finite"):
-        capture.run(
-            Capture(),
-            temperatures=(1.0,),
-            teacher=folder,
-            student=made["base"],
-            rows=made["rows"],
-            out=_fresh(tmp_path / "out"),
-            report=Silent(),
-        )
-
-
 # --- distill
 
 
@@ -408,8 +269,8 @@ def test_training_lowers_the_loss_and_says_so(made: dict[str, Path]) -> None:
     log = [json.loads(line) for line in (made["root"] / "distill" / "log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in log] == list(range(1, len(log) + 1))
     assert len(log) == 10  # 5 batches an epoch, 4 epochs, 2 batches a step
-    assert log[-1]["kl"] < log[0]["kl"]
-    assert log[0]["loss"] == pytest.approx(0.5 * log[0]["ce"] + 0.5 * TEMPERATURE**2 * log[0]["kl"], rel=1e-5)
+    assert log[-1]["divergence"] < log[0]["divergence"]
+    assert log[0]["loss"] == pytest.approx(0.5 * log[0]["ce"] + 0.5 * TEMPERATURE**2 * log[0]["divergence"], rel=1e-5)
     rows = read_rows(made["rows"])
     assert sum(entry["tokens"] for entry in log) == 4 * sum(len(row.answer_ids) for row in rows)
     config = (made["adapter"] / "adapter_config.json").read_text()
@@ -444,7 +305,8 @@ from toolchain.recipe import Distill
 from toolchain.reporter import Silent
 from toolchain.student import distill
 base, rows, logits, out, settings = sys.argv[1:]
-distill.run(Distill.model_validate_json(settings), seed=3, base=Path(base), rows=Path(rows), logits=Path(logits),
+distill.run(Distill.model_validate_json(settings), engine="transformers", max_length=128, seed=3,
+            base=Path(base), rows=Path(rows), logits=Path(logits),
             out=Path(out), report=Silent())
 """
 
@@ -467,6 +329,61 @@ def test_a_run_killed_by_sigkill_and_started_again_ends_with_the_same_bytes(
     assert _bytes(tmp_path) == _bytes(made["root"] / "distill")
 
 
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node")
+
+
+def _distill_job(made: dict[str, Path], out: Path, settings: Distill) -> dict[str, Any]:
+    return {
+        "stage": "distill",
+        "settings": {"distill": settings.model_dump(mode="json"), "max_length": 128, "seed": 3},
+        "inputs": {name: str(made[name]) for name in ("base", "rows", "logits")},
+        "out": str(_fresh(out)),
+    }
+
+
+def _log(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_on_one_host_or_two_make_the_steps_of_one(made: dict[str, Path], tmp_path: Path) -> None:
+    """With batches of an odd number of rows, and one of a single row, of which one process has none."""
+    from toolchain.student import distill
+    from toolchain.worker import run_in_worker
+
+    settings = TRAINING.model_copy(update={"lora_dropout": 0.0, "batch_size": 4, "gradient_accumulation": 1})
+    _distill(made, _fresh(tmp_path / "one"), settings)
+    job = _distill_job(made, tmp_path / "two", settings)
+    metrics = run_in_worker(job, log=tmp_path / "two.log", report=Silent(), launcher=[*TORCHRUN, "2"])
+    assert metrics["processes"] == 2
+    assert distill.newest_whole(tmp_path / "two" / "resume") is not None
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = ["--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(free.getsockname()[1])]
+    job = _distill_job(made, tmp_path / "hosts", settings)
+    second = [*TORCHRUN, "1", *where, "--node-rank", "1", "-m", "toolchain.worker", "-", str(tmp_path / "job.json")]
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    with subprocess.Popen(second, env={**os.environ, "OMP_NUM_THREADS": "1"}) as other:
+        launcher = [*TORCHRUN, "1", *where, "--node-rank", "0"]
+        metrics = run_in_worker(job, log=tmp_path / "hosts.log", report=Silent(), launcher=launcher)
+        assert other.wait() == 0
+    assert metrics["processes"] == 2
+
+    one = _log(tmp_path / "one")
+    for several in (_log(tmp_path / "two"), _log(tmp_path / "hosts")):
+        assert [step["tokens"] for step in several] == [step["tokens"] for step in one]
+        for name in ("loss", "ce", "divergence", "grad_norm"):
+            np.testing.assert_allclose([s[name] for s in several], [s[name] for s in one], rtol=1e-3)
+
+
+def test_an_error_of_one_of_several_processes_is_the_error_of_the_stage(made: dict[str, Path], tmp_path: Path) -> None:
+    from toolchain.worker import run_in_worker
+
+    job = _distill_job(made, tmp_path / "out", TRAINING.model_copy(update={"temperature": 3.0}))
+    with pytest.raises(ArtifactError, match="not 3"):
+        run_in_worker(job, log=tmp_path / "log", report=Silent(), launcher=[*TORCHRUN, "2"])
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_saved(
     made: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -478,7 +395,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_saved(
 
 def test_without_kl_no_logits_are_needed(made: dict[str, Path], tmp_path: Path) -> None:
     metrics = _distill(made, tmp_path, TRAINING.model_copy(update={"kl_weight": 0.0, "epochs": 1.0}))
-    assert metrics["last"]["kl"] == 0.0
+    assert metrics["last"]["divergence"] == 0.0
     assert metrics["last"]["ce"] > 0
 
 
@@ -514,11 +431,13 @@ def test_a_lora_target_that_is_not_there_is_named(made: dict[str, Path], tmp_pat
 # --- merge
 
 
-def _merge(made: dict[str, Path], out: Path, settings: Merge | None = None, **other: Path) -> dict[str, Any]:
+def _merge(
+    made: dict[str, Path], out: Path, settings: Merge | None = None, *, load_in_4bit: bool = False, **other: Path
+) -> dict[str, Any]:
     from toolchain.student import merge
 
     inputs = {"base": made["base"], "adapter": made["adapter"], "held_out": made["held_out_rows"], **other}
-    return merge.run(settings or Merge(), **inputs, out=out, report=Silent())
+    return merge.run(settings or Merge(), load_in_4bit=load_in_4bit, **inputs, out=out, report=Silent())
 
 
 def test_merged_model_and_adapter_give_the_same_logits(made: dict[str, Path], tmp_path: Path) -> None:
@@ -612,3 +531,29 @@ def test_scores_do_not_depend_on_how_rows_are_batched(made: dict[str, Path]) -> 
         assert one.shape == (len(row.answer_ids), model.config.vocab_size)
         assert one.dtype == np.float32
         assert np.abs(one - many).max() < 1e-4
+
+
+def test_an_adapter_of_a_4_bit_base_is_folded_into_the_better_of_its_two_bases(
+    made: dict[str, Path], tmp_path: Path
+) -> None:
+    from toolchain.student import load, merge
+
+    _distill(made, _fresh(tmp_path / "distill"), TRAINING.model_copy(update={"load_in_4bit": True}))
+    adapter = tmp_path / "distill" / "adapter"
+    figures = _merge(made, _fresh(tmp_path / "merge"), load_in_4bit=True, adapter=adapter)
+    bases = figures["bases"]
+    better = min(bases, key=lambda name: bases[name]["cross_entropy"])
+    assert figures["base"] == better
+    assert bases["16-bit"]["kl_from_4bit"] > 1e-4
+    assert figures["mean_kl"] <= 1e-5
+    checkpoint = tmp_path / "merge" / "checkpoint"
+    assert merge.onto_four_bits(checkpoint) == (better == "4-bit")
+    for name in bases:
+        # Each base's cross-entropy once more, from a fresh merge onto it.
+        merged = merge.load_adapted(made["base"], adapter, four_bits=name == "4-bit").merge_and_unload()
+        rows = read_rows(made["held_out_rows"])
+        scores = load.answer_logprobs(merged, rows, batch_tokens=512)
+        found = np.mean(
+            [-row[at, token] for row, r in zip(scores, rows, strict=True) for at, token in enumerate(r.answer_ids)]
+        )
+        assert float(found) == pytest.approx(bases[name]["cross_entropy"], abs=1e-4)

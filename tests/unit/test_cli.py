@@ -67,6 +67,8 @@ def test_a_users_mistake_is_an_error_and_a_hint_without_a_traceback(tmp_path: Pa
         (["run", "recipe.toml", "--until", "nowhere"], 2, "nowhere"),
         (["report", "recipe.toml"], 1, "nothing to report: evaluate is not done"),
         (["init", "recipe.toml"], 2, "is there already"),
+        (["on_policy", "recipe.toml"], 2, "tiny: nothing to do for stage on_policy"),
+        (["run", "recipe.toml", "--until", "on_policy"], 2, "tiny: nothing to do for stage on_policy"),
     ],
 )
 def test_wrong_calls_say_what_is_wrong(recipe: Path, arguments: list[str], code: int, says: str) -> None:
@@ -82,7 +84,8 @@ def test_plan_says_what_would_run_and_why_as_text_and_as_json(recipe: Path) -> N
     assert "teacher          run     never made" in text.stdout
     assert "needs teacher, which is not done" in text.stdout
     rows = json.loads(toolchain("plan", str(recipe), "--json", cwd=recipe.parent).stdout)
-    assert [row["step"].split("[")[0] for row in rows] == list(STAGE_NAMES)
+    # on_policy has no steps by default.
+    assert [row["step"].split("[")[0] for row in rows] == [name for name in STAGE_NAMES if name != "on_policy"]
     assert rows[0]["state"] == "run"
     assert len(rows[0]["fingerprint"]) == 64
 

@@ -8,8 +8,9 @@ import pytest
 
 from toolchain.errors import RecipeError
 from toolchain.recipe import Recipe, read_recipe
+from toolchain.settings import _models_in, without_operational
 from toolchain.target import read_target, targets
-from toolchain.template import recipe_template
+from toolchain.template import _OPTIONAL, recipe_template
 
 MINIMAL = """
 name = "tiny"
@@ -72,7 +73,7 @@ def test_an_unknown_table_is_named(folder: Path) -> None:
         ("[distill]\nbatch_size = 2.5", "distill.batch_size"),
         ("[distill]\nbatch_size = true", "distill.batch_size"),
         ("[distill]\nlora_dropout = 1.0", "distill.lora_dropout"),
-        ("[distill]\nce_weight = 0\nkl_weight = 0", "distill: ce_weight and kl_weight are both 0"),
+        ("[distill]\nce_weight = 0\nkl_weight = 0", "distill: ce_weight is 0 and there is no other loss"),
         ("[capture]\ntop_k = 0", "capture.top_k"),
         ("[capture]\ntop_p = 1.5", "capture.top_p"),
         ("[capture]\ntemperatures = [1.0, 4.0]", "not among capture.temperatures"),
@@ -89,14 +90,109 @@ def test_an_unknown_table_is_named(folder: Path) -> None:
             "bench.prompt_tokens + bench.generated_tokens is 4128, bundle.context is 2048",
         ),
         ('[bundle]\ntargets = ["X 86"]', "bundle.targets.0"),
+        ("[generate]\ncandidates = 4", "generate: candidates above 1 needs a sampling_temperature above 0"),
+        (
+            '[generate]\ncandidates = 4\nsampling_temperature = 1.0\nanswers = "dataset"',
+            "generate: candidates above 1 needs answers = 'teacher'",
+        ),
+        (
+            "[generate]\ncandidates = 4\nsampling_temperature = 1.0",
+            "generate.candidates above 1 needs select.embedding_model",
+        ),
+        ('[generate]\ntruncated = "drop"', "generate: unknown key 'truncated'"),
+        ('[select]\ntruncated = "cut"', "select.truncated"),
+        ("[select]\nmin_answer_tokens = 0", "select.min_answer_tokens"),
+        ("[select]\nmin_answer_tokens = 9\nmax_answer_tokens = 8", "select: max_answer_tokens is below"),
+        ('[select]\nduplicates = "merge"', "select.duplicates"),
+        ('[select]\nembedding_model = "nowhere"', "select.embedding_model: no such file or folder"),
+        ("[on_policy]\nsteps = -1", "on_policy.steps"),
+        ("[on_policy]\nstudent_share = 1.5", "on_policy.student_share"),
+        ("[compare]\nquestions = 0", "compare.questions"),
+        ('[compare]\nout_of_domain = "nowhere"', "compare.out_of_domain: no such file or folder"),
+        ('[distill]\nmethod = "answers"\nce_weight = 0', "distill: ce_weight is 0"),
+        ('[distill]\ndivergence = "kl"', "distill.divergence"),
+        ("[distill]\njsd_beta = 1.0", "distill.jsd_beta"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_with_the_path_of_its_key(folder: Path, line: str, says: str) -> None:
     assert says in refused(recipe_with(folder, MINIMAL + line + "\n")).message
 
 
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('engine = "llama.cpp"', "teacher: engine 'llama.cpp' needs a .gguf file as model"),
+        (
+            'engine = "llama.cpp"\nmodel = "teacher.gguf"\nload_in_4bit = true',
+            "teacher: load_in_4bit is for Transformers",
+        ),
+        ('engine = "llama.cpp"\nmodel = "teacher.gguf"', "student.model is missing: a .gguf file run by llama.cpp"),
+        ('endpoint = { url = "http://h/v1" }', "teacher.endpoint.model: is missing"),
+        ('endpoint = { url = "http://h/v1", model = "" }', "teacher.endpoint.model"),
+        ('endpoint = { url = "ftp://h/v1", model = "m" }', "teacher.endpoint.url"),
+        ('endpoint = { url = "http://", model = "m" }', "teacher.endpoint.url"),
+        ('endpoint = { url = "http://me:secret@h/v1", model = "m" }', "teacher.endpoint: url has a user"),
+        ('endpoint = { url = "http://h/v1?key=secret", model = "m" }', "teacher.endpoint: url has a user"),
+        ('endpoint = { url = "http://h/v1", model = "m", key = "sk" }', "teacher.endpoint: unknown key 'key'"),
+        ('endpoint = { url = "http://h/v1", model = "m", timeout_s = 0 }', "teacher.endpoint.timeout_s"),
+        ('endpoint = { url = "http://h/v1", model = "m", concurrency = 0 }', "teacher.endpoint.concurrency"),
+        (
+            'endpoint = { url = "http://h/v1", model = "m", max_cost = 5.0 }',
+            "max_cost needs input_price and output_price",
+        ),
+    ],
+)
+def test_a_teacher_that_cannot_be_is_refused(folder: Path, line: str, says: str) -> None:
+    (folder / "teacher.gguf").write_bytes(b"")
+    text = MINIMAL.replace('model = "teacher"\n', "") if "\nmodel" in line else MINIMAL
+    message = refused(recipe_with(folder, text.replace("[teacher]\n", f"[teacher]\n{line}\n"))).message
+    assert says in message
+    assert "secret" not in message
+
+
+ENDPOINT = MINIMAL.replace('model = "teacher"', 'endpoint = { url = "http://localhost:8000/v1", model = "m" }')
+
+
+def test_an_endpoint_alone_serves_training_on_answers_with_a_student_of_its_own(folder: Path) -> None:
+    student = '[student]\nmodel = "teacher"\n'
+    recipe = read_recipe(recipe_with(folder, ENDPOINT + student + '[distill]\nmethod = "answers"\n'))
+    assert recipe.teacher.model is None
+    assert recipe.teacher.endpoint is not None
+    assert "no weights to make a student from" in refused(recipe_with(folder, ENDPOINT)).message
+    assert "no logits: set distill.method" in refused(recipe_with(folder, ENDPOINT + student)).message
+    with_steps = ENDPOINT + student + '[distill]\nmethod = "answers"\n[on_policy]\nsteps = 5\n'
+    assert "on_policy.steps = 0" in refused(recipe_with(folder, with_steps)).message
+
+
+def test_an_endpoint_takes_no_repetition_penalty(folder: Path) -> None:
+    text = MINIMAL + '[teacher.endpoint]\nurl = "http://h/v1"\nmodel = "m"\n[generate]\nrepetition_penalty = 1.1\n'
+    assert "not part of the endpoint's interface" in refused(recipe_with(folder, text)).message
+    assert read_recipe(recipe_with(folder, text + 'answers = "dataset"\n')).generate.repetition_penalty == 1.1
+
+
+@pytest.mark.parametrize("line", ['method = "uld"', "\n[on_policy]\nsteps = 5"])
+def test_a_teacher_in_llama_cpp_cannot_be_trained_beside(folder: Path, line: str) -> None:
+    (folder / "teacher.gguf").write_bytes(b"")
+    text = MINIMAL.replace('"teacher"', '"teacher.gguf"\nengine = "llama.cpp"') + '[student]\nmodel = "teacher"\n'
+    assert read_recipe(recipe_with(folder, text)).teacher.engine == "llama.cpp"
+    assert "need the teacher in Transformers" in refused(recipe_with(folder, f"{text}[distill]\n{line}\n")).message
+
+
+def test_how_an_endpoint_is_asked_is_not_part_of_what_is_asked(folder: Path) -> None:
+    base = MINIMAL + '[teacher.endpoint]\nurl = "http://h/v1"\nmodel = "m"\n'
+    plain = read_recipe(recipe_with(folder, base))
+    other = "concurrency = 3\ntimeout_s = 5.0\nretries = 0\ninput_price = 1.0\noutput_price = 2.0\nmax_cost = 1.0\n"
+    assert without_operational(read_recipe(recipe_with(folder, base + other))) == without_operational(plain)
+    changed = read_recipe(recipe_with(folder, base.replace('"m"', '"n"')))
+    assert without_operational(changed) != without_operational(plain)
+
+
 def test_a_missing_key_and_a_missing_file_are_named(folder: Path) -> None:
-    assert "teacher.model: is missing" in refused(recipe_with(folder, MINIMAL.replace('model = "teacher"', ""))).message
+    message = refused(recipe_with(folder, MINIMAL.replace('model = "teacher"', ""))).message
+    assert "teacher: model is missing, and there is no endpoint either" in message
+    assert (
+        "data.train: is missing" in refused(recipe_with(folder, MINIMAL.replace('train = "train.jsonl"', ""))).message
+    )
     (folder / "train.jsonl").unlink()
     error = refused(recipe_with(folder, MINIMAL))
     assert "data.train: no such file" in error.message
@@ -135,23 +231,41 @@ def test_the_recipe_that_init_writes_is_valid_and_names_every_key(folder: Path) 
     for name, field in Recipe.model_fields.items():
         model = field.annotation
         assert name in text
-        for key in getattr(model, "model_fields", {}):
-            assert f"{key} = " in text, f"{name}.{key}"
+        for key, inner in getattr(model, "model_fields", {}).items():
+            nested = next(_models_in(inner.annotation), None)
+            assert (f"[{name}.{key}]" if nested else f"{key} = ") in text, f"{name}.{key}"
+            for part in nested.model_fields if nested else ():
+                assert f"# {part} = " in text, f"{name}.{key}.{part}"
 
 
 def test_the_commented_defaults_of_init_are_the_defaults(folder: Path) -> None:
     """Uncommenting every `# key = value` line that has a default changes nothing."""
-    lines = recipe_template().replace('"models/teacher"', '"teacher"').replace('"data/', '"').splitlines()
-    examples = ("sha256", "special_tokens", "# model = ", "keep_layers", "system", "temperatures")
-    live = [
-        line[2:] if line.startswith("# ") and " = " in line and not any(word in line for word in examples) else line
-        for line in lines
-    ]
-    live = [line for line in live if _is_toml(line)]
-    assert len([line for line in live if " = " in line]) > 40
+    live, table, found = [], "", 0
+    for line in recipe_template().replace('"models/teacher"', '"teacher"').replace('"data/', '"').splitlines():
+        text = line.removeprefix("# ")
+        if _is_toml(text) and text.startswith("["):
+            table = text.strip("[]") + "."
+        path = table + text.partition(" = ")[0]
+        default = line.startswith("# ") and _is_toml(text) and path not in _OPTIONAL and path.count(".") < 2
+        found += default and " = " in text
+        live.append(text if default and not text.startswith("[") else line)
+    assert found > 60
     assert read_recipe(recipe_with(folder, "\n".join(live))) == read_recipe(
         recipe_with(folder, MINIMAL.replace('"tiny"', '"my-model"'))
     )
+
+
+def test_the_endpoint_that_init_shows_is_one(folder: Path) -> None:
+    text = recipe_template().replace('"models/teacher"', '"teacher"').replace('"data/', '"')
+    before, header, after = text.partition("# [teacher.endpoint]\n")
+    shown, blank, rest = after.partition("\n\n")
+    keys = [line.removeprefix("# ") for line in shown.splitlines() if _is_toml(line.removeprefix("# "))]
+    live = before + header.removeprefix("# ") + "\n".join(keys) + blank + rest
+    endpoint = read_recipe(recipe_with(folder, live)).teacher.endpoint
+    assert endpoint is not None
+    assert keys
+    assert {key.partition(" = ")[0] for key in keys} == set(type(endpoint).model_fields)
+    assert endpoint.url == "http://localhost:8000/v1"
 
 
 def _is_toml(line: str) -> bool:

@@ -76,9 +76,9 @@ def read_examples(path: Path, *, format: DataFormat, need_answer: bool, system: 
 
 def check_disjoint(train: Sequence[Example], held_out: Sequence[Example]) -> None:
     """Raise DataError when a question is on both sides, whatever its case, spacing, punctuation or Unicode form."""
-    trained = {_folded(example.question): example for example in train}
+    trained = {folded(example.question): example for example in train}
     for example in held_out:
-        twin = trained.get(_folded(example.question))
+        twin = trained.get(folded(example.question))
         if twin is not None:
             raise DataError(
                 f"{example.where} asks what {twin.where} asks: {example.question.strip()[:80]!r}",
@@ -86,7 +86,8 @@ def check_disjoint(train: Sequence[Example], held_out: Sequence[Example]) -> Non
             )
 
 
-def _folded(text: str) -> str:
+def folded(text: str) -> str:
+    """What stays of a text without case, spacing, punctuation and Unicode form."""
     plain = unicodedata.normalize("NFKC", text).casefold()
     kept = "".join(" " if unicodedata.category(sign)[0] in "PZC" else sign for sign in plain)
     # A question of nothing but punctuation keeps it: otherwise all of those would be the same.
@@ -169,6 +170,8 @@ def _text(columns: dict[str, Any], column: str, *, required: bool = True, prefix
         return None
     if not isinstance(value, str):
         raise _RowError(f"'{prefix}{column}' is {_kind(value)}, not text")
+    if not value.isascii() and any("\ud800" <= sign <= "\udfff" for sign in value):
+        raise _RowError(f"'{prefix}{column}' has half a surrogate pair, which no UTF-8 file can hold")
     return value
 
 

@@ -1,4 +1,4 @@
-"""Rows that every stage after `generate` works on: a rendered prompt and its answer, as token ids."""
+"""Rows that every stage after `select` works on: a rendered prompt and its answer, as token ids."""
 
 import hashlib
 import json
@@ -91,6 +91,7 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
 def read_rows(path: Path) -> list[Row]:
     """Rows written by `write_rows`. Raises ArtifactError."""
     try:
-        return [row_from_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        # Not splitlines(): a JSON string may hold U+2028 and others that it takes for ends of lines.
+        return [row_from_json(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{path}: not a file of rows: {error}", hint="run the `generate` stage again") from error
+        raise ArtifactError(f"{path}: not a file of rows: {error}", hint="run the `select` stage again") from error

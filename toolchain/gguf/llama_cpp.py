@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from toolchain import process
+from toolchain.artifact import digest_file
+from toolchain.disk import require_free
 from toolchain.errors import ExternalToolError, HostError
 from toolchain.reporter import Reporter, Silent, Task
 from toolchain.resources import versions
@@ -118,14 +120,20 @@ def flags_of(cmake: Mapping[str, str | bool]) -> tuple[str, ...]:
     return tuple(f"-D{name}={_cmake_value(value)}" for name, value in merged.items())
 
 
+def archive_path() -> Path:
+    """Where the pinned source distribution lies in the cache, once it is fetched."""
+    pin = versions()["llama_cpp"]
+    return cache_folder() / "downloads" / f"{pin['package'].replace('-', '_')}-{pin['version']}.tar.gz"
+
+
 def fetch(*, report: Reporter | None = None) -> Path:
     """Download the pinned source distribution into the cache and check its SHA-256; returns its path.
 
     Raises HostError or ExternalToolError when it cannot be had, HostError when its digest differs.
     """
     pin = versions()["llama_cpp"]
-    folder = cache_folder() / "downloads"
-    archive = folder / f"{pin['package'].replace('-', '_')}-{pin['version']}.tar.gz"
+    archive = archive_path()
+    folder = archive.parent
     if not archive.is_file():
         (report or Silent()).line(f"fetching {pin['package']} {pin['version']} (77 MB)")
         folder.mkdir(parents=True, exist_ok=True)
@@ -170,12 +178,8 @@ def build(cmake: Mapping[str, str | bool], *, report: Reporter) -> LlamaCpp:
         final = home / key
         if final.is_dir():
             return _open(final)
-        free = shutil.disk_usage(home).free
-        if free < _FREE_BYTES:
-            raise HostError(
-                f"{home}: {free / 1e9:.1f} GB free, the build needs {_FREE_BYTES / 1e9:.1f} GB",
-                hint="free some space, or set TOOLCHAIN_CACHE to a folder on another disk",
-            )
+        hint = "free some space, or set TOOLCHAIN_CACHE to a folder on another disk"
+        require_free(home, _FREE_BYTES, "the build", hint=hint)
         partial = home / f"{key}.partial"
         partial.mkdir(exist_ok=True)
         sdist = _unpack(fetch(report=report), partial / "sdist")
@@ -329,8 +333,7 @@ def _open(folder: Path) -> LlamaCpp:
 
 
 def _check_digest(path: Path, expected: str) -> None:
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = digest_file(path)
     if found != expected:
         raise HostError(
             f"{path}: SHA-256 is {found}, docker/versions.toml pins {expected}",

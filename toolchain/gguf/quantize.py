@@ -5,7 +5,6 @@ A file labelled Q4_K_M can hold little of it: rows whose width is no multiple of
 
 import json
 import re
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from toolchain import process
-from toolchain.errors import ExternalToolError, HostError
+from toolchain.disk import require_free
+from toolchain.errors import ExternalToolError
 from toolchain.gguf.header import GgufFacts, read_facts
 from toolchain.gguf.llama_cpp import LlamaCpp, physical_cores
 from toolchain.recipe import FileType, Quantize
@@ -73,13 +73,13 @@ def run(
     if foretold is None:
         raise ExternalToolError("llama-quantize --dry-run tells no size", hint=f"full output: {log}")
     needed = int(float(foretold[1]) * 2**20) + _MARGIN_BYTES
-    _check_free(out, needed)
+    require_free(out, needed, "the quantized model")
     try:
         lines = quantize(target, dry_run=False, label=f"quantizing to {settings.file_type}")
     except (ExternalToolError, OSError):
         # llama-quantize does not say why it cannot write, and on a full disk its log cannot be written either.
         target.unlink(missing_ok=True)
-        _check_free(out, needed)
+        require_free(out, needed, "the quantized model")
         raise
     facts = read_facts(target)
     record = describe(settings.file_type, facts, fallbacks_of(lines, facts, settings.file_type))
@@ -143,12 +143,3 @@ def describe(file_type: FileType, facts: GgufFacts, fallbacks: Sequence[Fallback
         "tensor_types": facts.tensor_types,
         "fallbacks": [asdict(item) for item in fallbacks],
     }
-
-
-def _check_free(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise HostError(
-            f"{folder}: {free / 2**20:.0f} MiB free, the quantized model needs {needed / 2**20:.0f} MiB",
-            hint="free some space, then run again",
-        )

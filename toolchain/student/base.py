@@ -9,11 +9,12 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from toolchain.artifact import CHECKPOINT
+from toolchain.disk import require_free
 from toolchain.errors import ModelError, RecipeError
 from toolchain.recipe import Student
 from toolchain.reporter import Reporter, bar
 from toolchain.student import load
-from toolchain.teacher.checkpoint import check_space
 
 _LAYER = re.compile(r"^(.*\blayers\.)(\d+)(\..+)$")
 _COPIED = (
@@ -39,9 +40,9 @@ def prepare(settings: Student, *, model: Path, out: Path, report: Reporter) -> d
         raise RecipeError(
             f"student.keep_layers: no layer {settings.keep_layers[-1]}: {model} has {layers}, from 0 to {layers - 1}"
         )
-    checkpoint = out / "checkpoint"
+    checkpoint = out / CHECKPOINT
     checkpoint.mkdir()
-    check_space(checkpoint, sum(path.stat().st_size for path in model.glob("*.safetensors")))
+    require_free(checkpoint, sum(path.stat().st_size for path in model.glob("*.safetensors")), "the student")
     _copy_weights(model, settings.keep_layers, checkpoint, report)
     text = json.dumps(_cut_config(config, settings.keep_layers), indent=2, sort_keys=True)
     (checkpoint / "config.json").write_text(text + "\n", encoding="utf-8")

@@ -2,8 +2,11 @@
 
 Checkpoints go to resume/; a killed run goes on from the newest one that is whole, and on a CPU ends with the same bytes
 as a run that was not killed: the order of the data is planned ahead, and no number depends on when it was computed.
+Started by torchrun or `accelerate launch`, every process takes its share of each planned batch, so that one process or
+eight make the same steps.
 """
 
+import importlib.metadata
 import json
 import math
 import random
@@ -11,36 +14,35 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from toolchain.data.rows import Row, read_rows
-from toolchain.errors import ArtifactError, DataError, ModelError, RecipeError
+from toolchain.errors import ArtifactError, DataError, HostError, ModelError, RecipeError
 from toolchain.recipe import Distill
 from toolchain.reporter import Reporter, Task, bar
-from toolchain.student import load, precision, vocabulary
-from toolchain.student.losses import Teacher, distillation_loss
+from toolchain.student import load, parallel, precision, vocabulary
+from toolchain.student.engine import Engine, checkpoints_activations, load_for_training, optimizer_name
+from toolchain.student.losses import Loss, Objective, Teacher, distillation_loss, pick_chunk
 from toolchain.teacher.generate import render
 from toolchain.teacher.logit_cache import Reader
 
-IGNORE = -100
 _WHOLE = "whole"
 _WINDOW = 16
 """Batches within which rows are sorted by length: less padding, and still another order in each epoch."""
-_CHUNK = {"cpu": 128, "cuda": 1024}
-"""Answer positions per use of the head. On a CPU, logits of this many still lie in memory that malloc keeps."""
 
 
 def run(
     settings: Distill,
     *,
+    engine: Engine,
+    max_length: int,
     seed: int,
     base: Path,
     rows: Path,
@@ -48,58 +50,49 @@ def run(
     out: Path,
     report: Reporter,
 ) -> dict[str, Any]:
-    """Train. `base` is a checkpoint folder, `logits` a cache (None only with kl_weight 0).
+    """Train. `base` is a checkpoint folder, `logits` a cache (None when the method or weights do without).
 
-    Raises DataError, ModelError (a loss that is not finite: the step is named), RecipeError, and ArtifactError for a
-    cache of other rows, tokens or temperatures.
+    `engine` as engine.choose settled it. Raises DataError, ModelError (a loss that is not finite: the step is named),
+    RecipeError, HostError (GPU memory: the setting is named, with the value that fits), and ArtifactError for a cache
+    of other rows, tokens or temperatures.
     """
     examples = read_rows(rows)
     device = precision.pick_device()
     autocast = precision.autocast_type(settings.precision, device)
     set_seed(seed)
-    model, tokenizer = load.load_model(base, dtype=precision.weights_type(device), device=device)
+    tokenizer = load.load_tokenizer(base)
     _check_rows(examples, tokenizer, rows)
-    cache = None
-    if settings.kl_weight > 0:
-        if logits is None:
-            raise RecipeError("distill.kl_weight is above 0 and there are no captured logits")
-        cache = Reader(logits)
-        cache.expect(
-            tokenizer=vocabulary.tokenizer_digest(tokenizer, ids=cache.source.vocabulary),
-            template=vocabulary.template_digest(tokenizer) or "",
-        )
-        if cache.source.vocabulary > model.config.vocab_size:
-            raise ArtifactError(
-                f"{logits}: probabilities over {cache.source.vocabulary} ids, {base} has {model.config.vocab_size}"
-            )
-    model = _with_lora(model, settings)
+    cache = _open_cache(settings, logits, base, tokenizer, examples)
     batches = plan(examples, settings, seed=seed)
+    model = load_for_training(settings, engine, base, max_length=max_length, seed=seed, device=device)
+    step = _Step(model, settings, autocast, None if cache is None else cache.source.vocabulary)
+    collate = _Collator(cache, settings.temperature, step.head.vocabulary)
+    if device.type == "cuda":
+        _check_memory(step, collate, batches, settings)
+        set_seed(seed)
     steps = math.ceil(len(batches) / settings.gradient_accumulation)
     checkpoints = out / "resume"
     checkpoints.mkdir(exist_ok=True)
-    newest = newest_whole(checkpoints)
+    arguments = _arguments(settings, checkpoints, steps=steps, seed=seed, device=device)
+    with arguments.main_process_first(local=False):
+        newest = newest_whole(checkpoints)
     done = int(newest.name.rpartition("-")[2]) if newest else 0
 
     with bar(report, "distil", total=steps, unit="step") as task:
         task.advance(done)
-        trainer = _Trainer(
-            model=model,
-            args=_arguments(settings, checkpoints, steps=steps, seed=seed, device=device),
-            train_dataset=_Batches(batches),
-            data_collator=_Collator(cache, settings.temperature),
-        )
+        trainer = _Trainer(model=step.as_model(), args=arguments, train_dataset=batches, data_collator=collate)
         trainer.remove_callback(PrinterCallback)
-        trainer.prepare(settings, load.head_of(model, vocabulary=cache.source.vocabulary if cache else None), autocast)
-        trainer.follow(report, task, steps)
+        trainer.follow(step, report, task, steps)
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=str(newest) if newest else None)
         seconds = time.perf_counter() - started
     history = [entry for entry in trainer.state.log_history if "ce" in entry]
-    with (out / "log.jsonl").open("w", encoding="utf-8") as file:
-        for entry in history:
-            file.write(json.dumps({name: entry[name] for name in _LOGGED}) + "\n")
-    save_adapter(model, out / "adapter")
-    first, last = ({name: entry[name] for name in ("loss", "ce", "kl")} for entry in (history[0], history[-1]))
+    if parallel.rank() == 0:
+        with (out / "log.jsonl").open("w", encoding="utf-8") as file:
+            for entry in history:
+                file.write(json.dumps({name: entry[name] for name in _LOGGED}) + "\n")
+        save_adapter(model, out / "adapter")
+    first, last = ({name: entry[name] for name in ("loss", "ce", "divergence")} for entry in (history[0], history[-1]))
     speed = trainer.tokens_seen / seconds if steps > done else None
     return {
         "summary": f"loss {first['loss']:.3f} → {last['loss']:.3f} in {steps} steps"
@@ -111,13 +104,39 @@ def run(
         "first": first,
         "last": last,
         "seconds": seconds,
+        "seconds_per_step": trainer.seconds_per_step(),
         "tokens": trainer.tokens_seen,
         "tokens_per_second": speed,
         "peak_memory_bytes": _peak_memory(device),
-        "engine": "transformers",
+        "engine": engine,
+        "engine_version": importlib.metadata.version(engine),
+        "load_in_4bit": settings.load_in_4bit,
+        "optimizer": optimizer_name(settings, device),
+        "gradient_checkpointing": checkpoints_activations(settings, engine),
+        "processes": parallel.world(),
         "device": str(device),
         "precision": "float32" if autocast is None else str(autocast).removeprefix("torch."),
     }
+
+
+def _open_cache(
+    settings: Distill, logits: Path | None, base: Path, tokenizer: Any, rows: Sequence[Row]
+) -> Reader | None:
+    """The cache, when the loss needs one, after checking that it speaks the student's tokens and has every row."""
+    if not settings.uses_logits:
+        return None
+    if logits is None:
+        raise RecipeError("distill.kl_weight is above 0 and there are no captured logits")
+    cache = Reader(logits)
+    cache.expect(
+        tokenizer=vocabulary.tokenizer_digest(tokenizer, ids=cache.source.vocabulary),
+        template=vocabulary.template_digest(tokenizer) or "",
+    )
+    width = int(load.read_config(base)["vocab_size"])
+    if cache.source.vocabulary > width:
+        raise ArtifactError(f"{logits}: probabilities over {cache.source.vocabulary} ids, {base} has {width}")
+    cache.check(rows, settings.temperature)  # now, and not when a damaged shard's turn comes
+    return cache
 
 
 def plan(rows: Sequence[Row], settings: Distill, *, seed: int) -> list[list[Row]]:
@@ -146,6 +165,11 @@ def newest_whole(folder: Path) -> Path | None:
     return next((path for path in reversed(found) if path.exists()), None)
 
 
+def mark_whole(checkpoint: Path) -> None:
+    """Say that a checkpoint was written to its end."""
+    (checkpoint / _WHOLE).touch()
+
+
 def save_adapter(model: Any, folder: Path) -> None:
     """adapter_model.safetensors and adapter_config.json, the latter without this host's paths and in a fixed order."""
     model.save_pretrained(folder, save_embedding_layers=False)
@@ -165,7 +189,7 @@ def _check_rows(rows: Sequence[Row], tokenizer: Any, path: Path) -> None:
         raise DataError(f"{path}: no rows")
     for row in rows:
         if not row.answer_ids or not row.prompt_ids:
-            raise DataError(f"{path}: row {row.id} has no answer token to learn from", hint="run `generate` again")
+            raise DataError(f"{path}: row {row.id} has no answer token to learn from", hint="run `select` again")
         if render(tokenizer, row.messages, where=row.id) != row.prompt_ids:
             raise ModelError(
                 f"row {row.id}: the student's tokenizer and chat template do not give the tokens in {path}",
@@ -173,28 +197,10 @@ def _check_rows(rows: Sequence[Row], tokenizer: Any, path: Path) -> None:
             )
 
 
-def _with_lora(model: Any, settings: Distill) -> Any:
-    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    lost = [wanted for wanted in settings.lora_targets if not any(n.rpartition(".")[2] == wanted for n in names)]
-    if lost:
-        known = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
-        raise RecipeError(f"distill.lora_targets: the student has no layer '{lost[0]}'", hint=f"it has: {known}")
-    config = LoraConfig(
-        r=settings.lora_rank,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules=sorted(settings.lora_targets),
-        task_type="CAUSAL_LM",
-    )
-    if settings.gradient_checkpointing:
-        model.enable_input_require_grads()
-    return get_peft_model(model, config).train()
-
-
 def _arguments(settings: Distill, folder: Path, *, steps: int, seed: int, device: torch.device) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=1,  # one item of _Batches is one batch
+        per_device_train_batch_size=1,  # one item of the plan is one batch
         gradient_accumulation_steps=settings.gradient_accumulation,
         num_train_epochs=1,
         learning_rate=settings.learning_rate,
@@ -202,7 +208,7 @@ def _arguments(settings: Distill, folder: Path, *, steps: int, seed: int, device
         warmup_steps=round(settings.warmup_share * steps),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
-        gradient_checkpointing=settings.gradient_checkpointing,
+        optim=optimizer_name(settings, device),
         seed=seed,
         logging_steps=1,
         logging_nan_inf_filter=False,
@@ -214,45 +220,46 @@ def _arguments(settings: Distill, folder: Path, *, steps: int, seed: int, device
         report_to="none",
         disable_tqdm=True,
         use_cpu=device.type == "cpu",
+        ddp_find_unused_parameters=False,
     )
     # One process trains on one GPU: DataParallel would split batches that are not made of rows alone.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
 
 
-class _Batches(Dataset[list[Row]]):
-    """The plan; read in order."""
-
-    def __init__(self, batches: Sequence[list[Row]]) -> None:
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, at: int) -> list[Row]:
-        return self.batches[at]
-
-
 class _Collator:
-    """One planned batch → tensors. Labels stand where they are predicted, so nothing is shifted later."""
+    """One planned batch → this process's share of it, as tensors. `vocabulary`: ids that the student's head has."""
 
-    def __init__(self, cache: Reader | None, temperature: float) -> None:
+    def __init__(self, cache: Reader | None, temperature: float, vocabulary: int) -> None:
         self.cache = cache
         self.temperature = temperature
+        self.vocabulary = vocabulary
+        # Where the loss itself does not look, since it would wait for the GPU.
+        self.checks = torch.cuda.is_available()
 
-    def __call__(self, batches: Sequence[list[Row]]) -> dict[str, torch.Tensor]:
-        (rows,) = batches
-        batch = load.pad_rows(rows, pad_id=0)
-        labels = torch.full_like(batch.input_ids, IGNORE)
-        labels[batch.answers] = torch.tensor([token for row in rows for token in row.answer_ids])
-        tensors = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": labels}
-        # By this name the Trainer takes the count of answer tokens as it is; under "labels" it would drop a column.
-        tensors["shift_labels"] = labels
-        if self.cache is not None:
-            pairs = [self.cache.at_temperature(row, self.temperature) for row in rows]
+    def __call__(self, batches: Sequence[Sequence[Row]]) -> dict[str, Any]:
+        """Rows as input_ids [rows, length]; `at` and `labels` [N]: where, in the flattened rows, each answer token is
+        predicted, and which it is. `answer_tokens` counts those of all processes."""
+        (whole,) = batches
+        share = whole[parallel.rank() :: parallel.world()]
+        # With fewer rows than processes one has none: it runs a row without its answer, and waits for the others.
+        batch = load.pad_rows(share or whole[:1], pad_id=0)
+        if not share:
+            batch.answers.fill_(False)
+        tensors: dict[str, Any] = {
+            "input_ids": batch.input_ids,
+            "at": batch.answers.flatten().nonzero().squeeze(-1),
+            "labels": torch.tensor([token for row in share for token in row.answer_ids], dtype=torch.long),
+            "answer_tokens": sum(len(row.answer_ids) for row in whole),
+            "tokens": sum(len(row.token_ids) - 1 for row in whole),
+        }
+        if self.cache is not None and share:
+            pairs = [self.cache.at_temperature(row, self.temperature) for row in share]
             width = max(ids.shape[1] for ids, _ in pairs)
             tensors["teacher_ids"] = torch.from_numpy(_stack([ids for ids, _ in pairs], width, 0))
             tensors["teacher_logprobs"] = torch.from_numpy(_stack([logp for _, logp in pairs], width, -np.inf))
+            if self.checks:
+                Teacher(tensors["teacher_ids"], tensors["teacher_logprobs"]).check(self.vocabulary)
         return tensors
 
 
@@ -260,92 +267,184 @@ def _stack(parts: Sequence[Any], width: int, fill: float) -> Any:
     return np.concatenate([np.pad(part, ((0, 0), (0, width - part.shape[1])), constant_values=fill) for part in parts])
 
 
-_LOGGED = ("step", "loss", "ce", "kl", "learning_rate", "grad_norm", "tokens")
+class _Step:
+    """Forward pass and loss of one batch."""
+
+    def __init__(
+        self, model: Any, settings: Distill, autocast: torch.dtype | None, vocabulary_size: int | None
+    ) -> None:
+        self.model = model
+        self.settings = settings
+        self.autocast = autocast
+        self.divergence: str = settings.divergence  # as the log calls it
+        self.head = load.head_of(model, vocabulary=vocabulary_size)
+        self.chunk = pick_chunk(self.head.vocabulary, model.device)
+        self.objective = Objective(
+            temperature=settings.temperature,
+            ce_weight=settings.ce_weight,
+            kl_weight=settings.kl_weight,
+            divergence=settings.divergence,
+            jsd_beta=settings.jsd_beta,
+            skew=settings.skew,
+        )
+
+    def as_model(self) -> Any:
+        """The model, whose forward now gives hidden states: what wraps it for several GPUs calls no other method."""
+        inner = load.backbone(self.model)
+        self.model.forward = lambda input_ids: inner(input_ids=input_ids, use_cache=False).last_hidden_state
+        return self.model
+
+    def __call__(self, model: Any, inputs: Mapping[str, Any], answer_tokens: int) -> Loss:
+        """The loss of this process's share. No attention mask: see load.answer_states."""
+        kind = inputs["input_ids"].device.type
+        teacher = Teacher(inputs["teacher_ids"], inputs["teacher_logprobs"]) if "teacher_ids" in inputs else None
+        with torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None):
+            hidden = model(inputs["input_ids"])
+            return distillation_loss(
+                hidden.flatten(0, 1).index_select(0, inputs["at"]),
+                self.head,
+                inputs["labels"],
+                teacher,
+                weight=self.head.matrix,
+                objective=self.objective,
+                tokens=float(answer_tokens),
+                chunk=self.chunk,
+            )
+
+
+def _check_memory(step: _Step, collate: _Collator, batches: Sequence[list[Row]], settings: Distill) -> None:
+    """Try the largest batch before the first step: what does not fit is said now, and not hours later.
+
+    Raises HostError with the batch size that does fit.
+    """
+    widest = max(batches, key=lambda batch: len(batch) * max(len(row.token_ids) for row in batch))
+    size = len(widest)
+    while not _fits(step, collate, widest[:size]):
+        if size <= parallel.world():
+            free, total = torch.cuda.mem_get_info()
+            raise HostError(
+                f"a single row of {max(len(row.token_ids) for row in widest)} tokens does not fit in GPU memory "
+                f"({total / 2**30:.0f} GiB, {(total - free) / 2**30:.0f} taken)",
+                hint="set distill.gradient_checkpointing or distill.load_in_4bit to true, or lower data.max_length",
+            )
+        size = max(parallel.world(), size // 2)
+    if size < len(widest):
+        more = settings.gradient_accumulation * math.ceil(settings.batch_size / size)
+        raise HostError(
+            f"a batch of {len(widest)} rows of {max(len(row.token_ids) for row in widest)} tokens does not fit in GPU "
+            f"memory; {size} rows do",
+            hint=f"set distill.batch_size = {size} and distill.gradient_accumulation = {more}: as many rows a step",
+        )
+
+
+def _fits(step: _Step, collate: _Collator, rows: Sequence[Row]) -> bool:
+    # In a function of its own, so that nothing of a failed try is still referred to when the next begins.
+    inner = load.backbone(step.model)
+    try:
+        inputs = {
+            name: value.to("cuda") if isinstance(value, torch.Tensor) else value
+            for name, value in collate([rows]).items()
+        }
+        loss = step(lambda ids: inner(input_ids=ids, use_cache=False).last_hidden_state, inputs, len(rows))
+        torch.autograd.backward(loss.total)
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        step.model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+    return True
+
+
+_LOGGED = ("step", "loss", "ce", "divergence", "learning_rate", "grad_norm", "tokens")
 
 
 class _Trainer(Trainer):  # type: ignore[misc]
     """Transformers' loop with our loss, our log and checkpoints that say when they are whole."""
 
-    def prepare(self, settings: Distill, head: load.Head, autocast: torch.dtype | None) -> None:
-        self.settings = settings
-        self.head = head
-        self.autocast_type = autocast
+    def follow(self, step: _Step, report: Reporter, task: Task, steps: int) -> None:
+        self.step, self.report, self.task, self.steps = step, report, task, steps
         self.model_accepts_loss_kwargs = True  # else the loss, already per token, is divided once more
         self.tokens_seen = 0
-        self._sums = {"loss": 0.0, "ce": 0.0, "kl": 0.0, "tokens": 0}
-
-    def follow(self, report: Reporter, task: Task, steps: int) -> None:
-        self.report, self.task, self.steps = report, task, steps
+        self._parts: list[torch.Tensor] = []
+        self._answer_tokens = 0
         self._since = (time.perf_counter(), 0)
+        self._logged_s: list[float] = []
 
-    def _get_train_sampler(self, *_: Any) -> Any:
-        return torch.utils.data.SequentialSampler(self.train_dataset)
+    def seconds_per_step(self) -> float | None:
+        """Median time from one step's end to the next; saving checkpoints is in a few of them."""
+        gaps = np.diff(self._logged_s)
+        return float(np.median(gaps)) if len(gaps) else None
+
+    def get_train_dataloader(self) -> Any:
+        # Not prepared by accelerate: every process sees every planned batch, and takes its share of it.
+        # Beside a GPU another process unpacks the next batch's logits while this one works on the present one.
+        beside = self.args.dataloader_pin_memory and self.data_collator.cache is not None
+        return DataLoader(
+            self.train_dataset,
+            batch_size=1,
+            collate_fn=self.data_collator,
+            num_workers=1 if beside else 0,
+            prefetch_factor=4 if beside else None,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], int]:
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        return batches, sum(batch["answer_tokens"] for batch in batches)
 
     def compute_loss(
         self,
         model: Any,
-        inputs: Mapping[str, torch.Tensor],
+        inputs: Mapping[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        num_items_in_batch: int | None = None,
     ) -> torch.Tensor:
-        labels = inputs["labels"]
-        live = labels != IGNORE
-        tokens = int(live.sum())
         assert num_items_in_batch is not None
-        device = labels.device.type
-        with torch.autocast(device, dtype=self.autocast_type, enabled=self.autocast_type is not None):
-            hidden = load.backbone(self.accelerator.unwrap_model(model))(
-                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
-            ).last_hidden_state[live]
-            teacher = Teacher(inputs["teacher_ids"], inputs["teacher_logprobs"]) if "teacher_ids" in inputs else None
-            loss = distillation_loss(
-                hidden,
-                self.head,
-                labels[live],
-                teacher,
-                weight=self.head.matrix,
-                temperature=self.settings.temperature,
-                ce_weight=self.settings.ce_weight,
-                kl_weight=self.settings.kl_weight,
-                tokens=float(num_items_in_batch),
-                chunk=_CHUNK[device],
-            )
-        value = float(loss.total.detach())
-        if not math.isfinite(value):
-            raise ModelError(
-                f"the loss is {value} at step {self.state.global_step + 1}: training stopped, nothing of it was kept",
-                hint="lower distill.learning_rate, or set distill.precision = 'float32'",
-            )
-        for name, part in (("loss", value), ("ce", float(loss.ce)), ("kl", float(loss.kl)), ("tokens", tokens)):
-            self._sums[name] += part
-        self.tokens_seen += int(inputs["attention_mask"].sum())
-        return loss.total
+        loss = self.step(model, inputs, num_items_in_batch)
+        self._parts.append(torch.stack([loss.total.detach(), loss.ce, loss.divergence]))
+        self._answer_tokens += inputs["answer_tokens"]
+        self.tokens_seen += inputs["tokens"]
+        # The gradient is averaged over the processes; each has its share of one sum.
+        return loss.total * parallel.world()
+
+    def _sums(self) -> dict[str, float]:
+        """Loss and its parts since the last call, over all processes; once a step, since a GPU has to be waited for."""
+        parts = self.accelerator.reduce(torch.stack(self._parts).sum(0), "sum").tolist()
+        tokens = self._answer_tokens
+        self._parts, self._answer_tokens = [], 0
+        return dict(zip(("loss", "ce", "divergence", "tokens"), (*parts, tokens), strict=True))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Called once per step, and once at the end with figures of time, which the log leaves out."""
         if "loss" in logs:
-            if not math.isfinite(logs["grad_norm"]):
-                raise ModelError(
-                    f"the gradient is {logs['grad_norm']} at step {self.state.global_step}",
-                    hint="lower distill.learning_rate, or set distill.precision = 'float32'",
-                )
-            logs |= self._sums
-            self._sums = {"loss": 0.0, "ce": 0.0, "kl": 0.0, "tokens": 0}
+            logs |= self._sums()
+            self._logged_s.append(time.perf_counter())
+            for name, what in (("loss", "loss"), ("grad_norm", "gradient")):
+                if not math.isfinite(logs[name]):
+                    raise ModelError(
+                        f"the {what} is {logs[name]} at step {self.state.global_step}: training stopped, and this step "
+                        "was not kept",
+                        hint="lower distill.learning_rate, or set distill.precision = 'float32'",
+                    )
             self.task.advance()
             step = self.state.global_step
-            if step % self.settings.log_every_steps == 0 or step in (1, self.steps):
+            if step % self.step.settings.log_every_steps == 0 or step in (1, self.steps):
                 now, seen = time.perf_counter(), self.tokens_seen
                 speed = (seen - self._since[1]) / (now - self._since[0])
                 self._since = (now, seen)
                 self.report.line(
-                    f"step {step}/{self.steps}  loss {logs['loss']:.4f}  ce {logs['ce']:.4f}  kl {logs['kl']:.4f}  "
+                    f"step {step}/{self.steps}  loss {logs['loss']:.4f}  ce {logs['ce']:.4f}  "
+                    f"{self.step.divergence} {logs['divergence']:.4f}  "
                     f"lr {logs['learning_rate']:.2e}  {speed:.0f} tok/s"
                 )
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / _WHOLE).touch()
+        self.accelerator.wait_for_everyone()
+        mark_whole(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
 
 
 def _peak_memory(device: torch.device) -> int:

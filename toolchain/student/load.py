@@ -1,7 +1,7 @@
 """A checkpoint folder → model and tokenizer, offline and from safetensors only; and what a model says about rows."""
 
+import importlib.util
 import json
-import os
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,16 +11,15 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from toolchain.artifact import CHECKPOINT, REFERENCE
 from toolchain.data.rows import Row
-from toolchain.errors import ArtifactError, ModelError
+from toolchain.errors import ArtifactError, HostError, ModelError
 
 Tokenizer = Any
 Model = Any
 
-_REFERENCE = "reference.json"
-_CHECKPOINT = "checkpoint"
 _INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _HEADER_LIMIT = 100_000_000
@@ -32,18 +31,18 @@ _CHUNK = 512
 
 def write_reference(out: Path, checkpoint: Path) -> None:
     """Say that the artifact in `out` is the folder `checkpoint`, which stays where it is."""
-    (out / _REFERENCE).write_text(json.dumps({"path": str(checkpoint.resolve())}) + "\n", encoding="utf-8")
+    (out / REFERENCE).write_text(json.dumps({"path": str(checkpoint.resolve())}) + "\n", encoding="utf-8")
 
 
 def resolve(artifact: Path) -> Path:
     """The checkpoint folder of a `teacher`, `student` or `merge` artifact. Raises ArtifactError."""
-    inside = artifact / _CHECKPOINT
+    inside = artifact / CHECKPOINT
     if inside.is_dir():
         return inside
     try:
-        path = Path(json.loads((artifact / _REFERENCE).read_text(encoding="utf-8"))["path"])
+        path = Path(json.loads((artifact / REFERENCE).read_text(encoding="utf-8"))["path"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{artifact}: holds neither {_CHECKPOINT}/ nor a readable {_REFERENCE}") from error
+        raise ArtifactError(f"{artifact}: holds neither {CHECKPOINT}/ nor a readable {REFERENCE}") from error
     if not path.is_dir():
         raise ArtifactError(
             f"{artifact}: points to {path}, which is gone", hint="put the folder back, or change the recipe's model"
@@ -177,16 +176,27 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a checkpoint. Raises ModelError."""
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:
+        # The tokenizers library raises plain Exception for what it cannot read; any other class is a bug.
+        if type(error) is not Exception and not isinstance(error, OSError | ValueError | KeyError | TypeError):
+            raise
         raise ModelError(
-            f"{folder}: the tokenizer cannot be loaded: {error}", hint="is tokenizer.json there?"
+            f"{folder}: the tokenizer cannot be loaded: {str(error).partition(chr(10))[0]}",
+            hint="tokenizer.json or tokenizer_config.json is missing or damaged: copy them again",
         ) from error
 
 
-def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device | str) -> tuple[Model, Tokenizer]:
-    """A checkpoint in eval mode with SDPA attention, and its tokenizer. Raises ModelError; never reaches a network."""
+def load_model(
+    folder: Path, *, dtype: torch.dtype, device: torch.device | str, load_in_4bit: bool = False
+) -> tuple[Model, Tokenizer]:
+    """A checkpoint in eval mode with SDPA attention, and its tokenizer; never reaches a network.
+
+    `load_in_4bit`: linear layers as bitsandbytes NF4 with double quantization, computing in `dtype`. Raises ModelError,
+    and HostError for 4 bits without an NVIDIA GPU.
+    """
     expected = tensors_of(folder)
     tokenizer = load_tokenizer(folder)
+    four_bits = _four_bits(dtype, device) if load_in_4bit else {}
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -197,6 +207,7 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device | str) 
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
+            **four_bits,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"{folder}: the model cannot be loaded: {error}") from error
@@ -206,7 +217,38 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device | str) 
         raise ModelError(
             f"{folder}: {len(lost)} of {len(expected)} tensors missing or of another shape, such as {lost[0]}"
         )
-    return model.to(device).eval(), tokenizer
+    return (model if load_in_4bit else model.to(device)).eval(), tokenizer
+
+
+def _four_bits(dtype: torch.dtype, device: torch.device | str) -> dict[str, Any]:
+    """Arguments of from_pretrained for NF4, as QLoRA uses it (Dettmers et al. 2023). Raises HostError."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise HostError(
+            "load_in_4bit needs the package 'bitsandbytes'", hint="pip install -c constraints.txt -e '.[train]'"
+        )
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": quantization, "device_map": {"": device}}
+
+
+@torch.no_grad()
+def round_to_four_bits(model: Model, folder: Path) -> None:
+    """Give the linear layers of `model` the values that `folder` has when loaded in 4 bits, as QLoRA trains on it."""
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    from toolchain.student.precision import pick_device, weights_type
+
+    device = pick_device()
+    quantized, _ = load_model(folder, dtype=weights_type(device), device=device, load_in_4bit=True)
+    for name, module in quantized.named_modules():
+        if isinstance(module, Linear4bit):
+            weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
+            model.get_submodule(name).weight.copy_(weight)
 
 
 def backbone(model: Model) -> nn.Module:
@@ -269,34 +311,30 @@ class Batch:
 
     input_ids: torch.Tensor
     """int64 [rows, length]"""
-    attention_mask: torch.Tensor
-    """int64 [rows, length]"""
     answers: torch.Tensor
     """bool [rows, length]: positions whose logits predict an answer token"""
 
 
 def pad_rows(rows: Sequence[Row], *, pad_id: int) -> Batch:
-    """Rows as one batch. What `pad_id` is does not matter: padding is masked by position."""
+    """Rows as one batch. What `pad_id` is does not matter: nothing before it attends to it."""
     width = max(len(row.token_ids) for row in rows) - 1
     ids = torch.full((len(rows), width), pad_id)
-    mask = torch.zeros((len(rows), width), dtype=torch.long)
     answers = torch.zeros((len(rows), width), dtype=torch.bool)
     for at, row in enumerate(rows):
         length = len(row.token_ids) - 1
         ids[at, :length] = torch.tensor(row.token_ids[:-1])
-        mask[at, :length] = 1
         answers[at, len(row.prompt_ids) - 1 : length] = True
-    return Batch(ids, mask, answers)
+    return Batch(ids, answers)
 
 
 def answer_states(model: Model, rows: Sequence[Row]) -> Iterator[torch.Tensor]:
-    """One forward pass: for each row the hidden states [answer tokens, H] that predict its answer."""
+    """One forward pass: for each row the hidden states [answer tokens, H] that predict its answer.
+
+    No attention mask: padding stands on the right, where causal attention does not look back from, and without a mask
+    the fast kernels apply.
+    """
     batch = pad_rows(rows, pad_id=0)
-    hidden = backbone(model)(
-        input_ids=batch.input_ids.to(model.device),
-        attention_mask=batch.attention_mask.to(model.device),
-        use_cache=False,
-    ).last_hidden_state
+    hidden = backbone(model)(input_ids=batch.input_ids.to(model.device), use_cache=False).last_hidden_state
     for at in range(len(rows)):
         yield hidden[at][batch.answers[at].to(hidden.device)]
 
@@ -326,9 +364,3 @@ def answer_logprobs(model: Model, rows: Sequence[Row], *, batch_tokens: int) -> 
             with torch.inference_mode():
                 parts = [head(part).log_softmax(-1).cpu().numpy() for part in torch.split(state, _CHUNK)]
             yield np.concatenate(parts)
-
-
-def free_bytes(folder: Path) -> int:
-    """Free space on the disk of `folder`."""
-    stat = os.statvfs(folder)
-    return stat.f_bavail * stat.f_frsize

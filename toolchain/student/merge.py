@@ -1,6 +1,12 @@
-"""Fold a LoRA adapter into its base, in float32. Writes checkpoint/ and merge.json; both are compared."""
+"""Fold a LoRA adapter into its base, in float32. Writes checkpoint/ and merge.json; both are compared.
+
+An adapter that was trained on a 4-bit base has two: the 16-bit base, and the base as its 4 bits stand for it. What the
+adapter learned corrects the second; the first has lost nothing. Neither is always better (unsloth-zoo#810), so both are
+scored on held-out answers, and the adapter is folded into the better one.
+"""
 
 import json
+import math
 import shutil
 import time
 from pathlib import Path
@@ -12,12 +18,12 @@ from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 
 from toolchain.data.rows import Row, read_rows
+from toolchain.disk import require_free
 from toolchain.errors import GateError, ModelError
 from toolchain.recipe import Merge
 from toolchain.reporter import Reporter, bar
-from toolchain.student import load
+from toolchain.student import load, precision
 from toolchain.student.base import copy_tokenizer
-from toolchain.teacher.checkpoint import check_space
 
 _MARK = "merged.json"
 _DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -26,29 +32,33 @@ _ROWS = 32
 """Held-out rows that are compared here, to stop early; `evaluate` compares all of them."""
 
 
-def run(settings: Merge, *, base: Path, adapter: Path, held_out: Path, out: Path, report: Reporter) -> dict[str, Any]:
-    """`base` is a checkpoint folder, `adapter` a PEFT folder, `held_out` a file of rows.
+def run(
+    settings: Merge, *, load_in_4bit: bool, base: Path, adapter: Path, held_out: Path, out: Path, report: Reporter
+) -> dict[str, Any]:
+    """`base` is a checkpoint folder, `adapter` a PEFT folder, trained on it `load_in_4bit` or not; `held_out` rows.
 
     Raises ModelError (another base, a base that is itself merged, overflow), HostError (disk), and GateError when mean
-    KL(adapter ‖ merged) over the held-out answers is above `max_kl`.
+    KL(adapter ‖ merged) over the held-out answers is above `max_kl`, both on the base that is folded into.
     """
     if (base / _MARK).exists():
         raise ModelError(f"{base}: is already a merged checkpoint", hint="merge onto the student's base instead")
     started = time.perf_counter()
     rows = read_rows(held_out)[:_ROWS]
+    bases = _compare_bases(base, adapter, rows, report) if load_in_4bit else {}
+    four_bits = bool(bases) and bases["4-bit"]["cross_entropy"] < bases["16-bit"]["cross_entropy"]
     checkpoint = out / "checkpoint"
     tried: dict[str, dict[str, Any]] = {}
     for dtype in ("float16", "float32") if settings.dtype == "auto" else (settings.dtype,):
         shutil.rmtree(checkpoint, ignore_errors=True)
         checkpoint.mkdir()
         with bar(report, f"merge in {dtype}", total=None, unit="file"):
-            overflow = _write(base, adapter, checkpoint, _DTYPES[dtype])
+            overflow = _write(base, adapter, checkpoint, _DTYPES[dtype], four_bits=four_bits)
         if overflow is not None and settings.dtype == "auto":
             tried[dtype] = {"overflow": overflow}
             continue
         if overflow is not None:
             raise ModelError(overflow, hint="set merge.dtype = 'float32'")
-        tried[dtype] = _compare(base, adapter, checkpoint, rows, report)
+        tried[dtype] = _compare(base, adapter, checkpoint, rows, report, four_bits=four_bits)
         if tried[dtype]["mean_kl"] <= settings.max_kl:
             break
     figures = tried[dtype]
@@ -58,18 +68,20 @@ def run(settings: Merge, *, base: Path, adapter: Path, held_out: Path, out: Path
             f"is {settings.max_kl:.2e}",
             hint="set merge.dtype = 'auto' or 'float32', or raise merge.max_kl if you accept the loss",
         )
-    result = {"dtype": dtype, **figures, "tried": tried}
+    name = "4-bit" if four_bits else "16-bit"
+    result = {"dtype": dtype, "base": name, **figures, "tried": tried, **({"bases": bases} if bases else {})}
     (out / "merge.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return {
         **result,
         "seconds": time.perf_counter() - started,
-        "summary": f"stored as {dtype}, KL(adapter ‖ merged) {figures['mean_kl']:.1e}",
+        "summary": (f"onto the {name} base, " if bases else "")
+        + f"stored as {dtype}, KL(adapter ‖ merged) {figures['mean_kl']:.1e}",
     }
 
 
-def _write(base: Path, adapter: Path, checkpoint: Path, dtype: torch.dtype) -> str | None:
+def _write(base: Path, adapter: Path, checkpoint: Path, dtype: torch.dtype, *, four_bits: bool) -> str | None:
     """Fold in float32 and store as `dtype`; what overflows float16 comes back as a message. Raises ModelError."""
-    merged = load_adapted(base, adapter).merge_and_unload(safe_merge=True)
+    merged = load_adapted(base, adapter, four_bits=four_bits).merge_and_unload(safe_merge=True)
     # Tied weights are one parameter here, and stay one in the file.
     for name, weight in merged.named_parameters():
         if not bool(weight.isfinite().all()):
@@ -78,15 +90,24 @@ def _write(base: Path, adapter: Path, checkpoint: Path, dtype: torch.dtype) -> s
             return f"merged {name}: {float(weight.abs().max()):.3g} is more than float16 can hold"
     merged = merged.to(dtype)
     merged.config._name_or_path = ""
-    check_space(checkpoint, int(sum(weight.nbytes for weight in merged.parameters()) * 1.05))
+    require_free(checkpoint, int(sum(weight.nbytes for weight in merged.parameters()) * 1.05), "the merged model")
     merged.save_pretrained(checkpoint)
     copy_tokenizer(base, checkpoint)
-    (checkpoint / _MARK).write_text(json.dumps({"dtype": str(dtype).removeprefix("torch.")}) + "\n", encoding="utf-8")
+    mark = {"dtype": str(dtype).removeprefix("torch."), "four_bit_base": four_bits}
+    (checkpoint / _MARK).write_text(json.dumps(mark) + "\n", encoding="utf-8")
     return None
 
 
-def load_adapted(base: Path, adapter: Path) -> Any:
-    """Base with adapter, in float32 on the CPU. Raises ModelError when the adapter is of another base."""
+def onto_four_bits(merged: Path) -> bool:
+    """Whether the adapter of this merged checkpoint was folded into the base as 4 bits stand for it."""
+    return bool(json.loads((merged / _MARK).read_text(encoding="utf-8"))["four_bit_base"])
+
+
+def load_adapted(base: Path, adapter: Path, *, four_bits: bool = False) -> Any:
+    """Base with adapter, in float32 on the CPU; `four_bits`: the base as its 4 bits stand for it.
+
+    Raises ModelError when the adapter is of another base.
+    """
     other = f"{adapter}: not an adapter for {base}"
     hint = "merge onto the base that the adapter was trained on"
     try:
@@ -95,6 +116,8 @@ def load_adapted(base: Path, adapter: Path) -> Any:
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"{adapter}: the adapter cannot be read: {error}") from error
     model, _ = load.load_model(base, dtype=torch.float32, device="cpu")
+    if four_bits:
+        load.round_to_four_bits(model, base)
     # PEFT leaves layers of the base that the adapter lacks at zero, and drops those that the base lacks.
     try:
         adapted = PeftModel(model, config)
@@ -117,10 +140,31 @@ def load_adapted(base: Path, adapter: Path) -> Any:
     return adapted.eval()
 
 
-def _compare(base: Path, adapter: Path, checkpoint: Path, rows: list[Row], report: Reporter) -> dict[str, Any]:
+def _compare_bases(base: Path, adapter: Path, rows: list[Row], report: Reporter) -> dict[str, dict[str, Any]]:
+    """The adapter on either base: cross-entropy of the held-out answers in nats per token; how far apart they are."""
+    device = _device_for(base)
+    models = {name: load_adapted(base, adapter, four_bits=name == "4-bit").to(device) for name in ("4-bit", "16-bit")}
+    scores = (load.answer_logprobs(model, rows, batch_tokens=_BATCH_TOKENS) for model in models.values())
+    sums, kl, tokens = dict.fromkeys(models, 0.0), 0.0, 0
+    with bar(report, "compare bases", total=len(rows), unit="row") as task:
+        for row, *pair in zip(rows, *scores, strict=True):
+            for name, logprobs in zip(models, pair, strict=True):
+                sums[name] -= float(logprobs[np.arange(len(logprobs)), list(row.answer_ids)].sum(dtype=np.float64))
+            kl += float((np.exp(pair[0]) * (pair[0] - pair[1])).sum(dtype=np.float64))
+            tokens += len(row.answer_ids)
+            task.advance()
+    bases: dict[str, dict[str, Any]] = {name: {"cross_entropy": total / tokens} for name, total in sums.items()}
+    bases["16-bit"]["kl_from_4bit"] = kl / tokens
+    return bases
+
+
+def _compare(
+    base: Path, adapter: Path, checkpoint: Path, rows: list[Row], report: Reporter, *, four_bits: bool
+) -> dict[str, Any]:
     """Mean KL(adapter ‖ merged) in nats per answer token and share of tokens with the same likeliest id."""
-    with_adapter = load_adapted(base, adapter)
-    merged, _ = load.load_model(checkpoint, dtype=torch.float32, device="cpu")
+    device = _device_for(base)
+    with_adapter = load_adapted(base, adapter, four_bits=four_bits).to(device)
+    merged, _ = load.load_model(checkpoint, dtype=torch.float32, device=device)
     total, same, tokens = 0.0, 0, 0
     with bar(report, "compare adapter and merged", total=len(rows), unit="row") as task:
         for p, q in zip(
@@ -133,3 +177,13 @@ def _compare(base: Path, adapter: Path, checkpoint: Path, rows: list[Row], repor
             tokens += len(p)
             task.advance()
     return {"mean_kl": total / tokens, "top1_agreement": same / tokens, "answer_tokens": tokens, "rows": len(rows)}
+
+
+def _device_for(base: Path) -> torch.device:
+    """Where two models of this size are scored in float32: a GPU if they leave half its free memory, else the CPU."""
+    device = precision.pick_device()
+    if device.type == "cuda":
+        parameters = sum(math.prod(info.shape) for info in load.tensors_of(base).values())
+        free, _ = torch.cuda.mem_get_info()
+        return device if 2 * 4 * parameters < free / 2 else torch.device("cpu")
+    return device

@@ -8,14 +8,21 @@ from typing import Literal
 import torch
 
 from toolchain.errors import HostError
+from toolchain.student import parallel
 
 _NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 def pick_device() -> torch.device:
-    """The first GPU, else the CPU. Raises HostError for a GPU that torch cannot use: never a quiet CPU run."""
+    """This process's GPU, else the CPU. Raises HostError for a GPU that torch cannot use: never a quiet CPU run."""
     if torch.cuda.is_available():
+        if parallel.local_rank() >= torch.cuda.device_count():
+            raise HostError(
+                f"{parallel.local_rank() + 1} processes on this host, and {torch.cuda.device_count()} GPUs",
+                hint="start as many processes as there are GPUs",
+            )
+        torch.cuda.set_device(parallel.local_rank())
         return torch.device("cuda")
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if not hidden and _NVIDIA_GPUS.is_dir() and any(_NVIDIA_GPUS.iterdir()):

@@ -1,4 +1,7 @@
-"""Teacher → a checkpoint folder. A Hugging Face folder is checked and pointed to; a GGUF is unpacked to float16."""
+"""Teacher → a checkpoint folder. A Hugging Face folder is checked and pointed to; a GGUF is unpacked to float16.
+
+For a GGUF that llama.cpp is to run as it is, the folder has tokenizer, chat template and config, and no weights.
+"""
 
 import collections
 import hashlib
@@ -10,13 +13,17 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from toolchain.errors import HostError, ModelError, RecipeError
+from toolchain.artifact import CHECKPOINT
+from toolchain.disk import require_free
+from toolchain.errors import ModelError, RecipeError
+from toolchain.gguf.header import read_facts
 from toolchain.recipe import SpecialTokens, Teacher
 from toolchain.reporter import Reporter, bar
 from toolchain.student import load
 from toolchain.teacher import gguf_tokenizer
 
 _ROLES = ("bos", "eos", "pad", "unk")
+_UNREADABLE = (ValueError, KeyError, NotImplementedError, OSError, RuntimeError, TypeError)
 _FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
@@ -31,8 +38,12 @@ def prepare(settings: Teacher, *, model: Path, out: Path, report: Reporter) -> d
         raise ModelError(f"{model}: neither a folder nor a .gguf file", hint="teacher.model is one of the two")
     _check_sha256(model, settings.sha256, report)
     types = _read_types(model)
-    checkpoint = out / "checkpoint"
+    checkpoint = out / CHECKPOINT
     checkpoint.mkdir()
+    if settings.engine == "llama.cpp":
+        facts = _describe(model, settings.special_tokens, checkpoint)
+        summary = f"{facts['parameters'] / 1e6:.1f} M parameters, run by llama.cpp as they are"
+        return {"summary": summary, "source": "gguf", "gguf_tensor_types": types, **facts}
     with bar(report, f"unpack {model.name}", total=None, unit="file"):
         _unpack(model, settings.special_tokens, checkpoint)
     metrics = load.validate(checkpoint)
@@ -47,16 +58,6 @@ def check_float16(name: str, tensor: torch.Tensor) -> None:
         raise ModelError(
             f"{name}: value {largest:g} does not fit in float16 (largest {_FLOAT16_MAX:g})",
             hint="store it as float32 where the recipe lets you (merge.dtype), or use another model",
-        )
-
-
-def check_space(folder: Path, needed: int) -> None:
-    """Raise HostError when the disk of `folder` has less than `needed` bytes free."""
-    free = load.free_bytes(folder)
-    if free < needed:
-        raise HostError(
-            f"{folder}: {needed / 2**20:.0f} MiB needed, {free / 2**20:.0f} MiB free",
-            hint="free some space on this disk",
         )
 
 
@@ -100,19 +101,15 @@ def _read_types(path: Path) -> dict[str, int]:
 
 
 def _unpack(path: Path, special: SpecialTokens, checkpoint: Path) -> None:
-    source: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
+    tokenizer = _read_tokenizer(path, special)
     try:
-        tokenizer = gguf_tokenizer.read_bpe(path) or AutoTokenizer.from_pretrained(path.parent, **source)
-        model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **source)
-    except (ValueError, KeyError, NotImplementedError, OSError, RuntimeError, TypeError) as error:
+        model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **_inside(path))
+    except _UNREADABLE as error:
         raise ModelError(
-            f"{path}: Transformers cannot unpack it: {error}", hint="give the model as a Hugging Face folder"
+            f"{path}: Transformers cannot unpack it: {error}",
+            hint="give the model as a Hugging Face folder, or set teacher.engine = 'llama.cpp'",
         ) from error
     config = model.config
-    for role in _ROLES:
-        _set_token(tokenizer, role, getattr(special, role), path)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     for role in ("bos", "eos", "pad"):
         number = getattr(tokenizer, f"{role}_token_id")
         setattr(config, f"{role}_token_id", number)
@@ -133,10 +130,69 @@ def _unpack(path: Path, special: SpecialTokens, checkpoint: Path) -> None:
     for name, weight in model.named_parameters():
         check_float16(f"{path}: {name}", weight)
     model = model.to(torch.float16)
-    check_space(checkpoint, int(sum(weight.nbytes for weight in model.parameters()) * 1.05))
+    require_free(checkpoint, int(sum(weight.nbytes for weight in model.parameters()) * 1.05), "the checkpoint")
     model.save_pretrained(checkpoint)
     tokenizer.save_pretrained(checkpoint)
     clean_tokenizer_config(checkpoint)
+
+
+def _describe(path: Path, special: SpecialTokens, checkpoint: Path) -> dict[str, Any]:
+    """A folder that says of a GGUF what the other stages ask of a checkpoint, weights aside. Raises ModelError."""
+    facts = read_facts(path)
+    tokenizer = _read_tokenizer(path, special)
+    if not tokenizer.chat_template:
+        raise ModelError(f"{path}: has no chat template", hint="take the GGUF of an instruct model")
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"{path}: names no eos token", hint="set teacher.special_tokens.eos")
+    ids = max(tokenizer.get_vocab().values()) + 1
+    if facts.vocabulary_size < ids:
+        raise ModelError(f"{path}: {facts.vocabulary_size} rows, but its tokenizer has ids up to {ids - 1}")
+    config = {
+        "model_type": facts.architecture,
+        "vocab_size": facts.vocabulary_size,
+        "max_position_embeddings": facts.context_length,
+        **{f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")},
+    }
+    config = {key: value for key, value in config.items() if value is not None}
+    (checkpoint / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    generation = json.dumps({"eos_token_id": tokenizer.eos_token_id}) + "\n"
+    (checkpoint / "generation_config.json").write_text(generation, encoding="utf-8")
+    tokenizer.save_pretrained(checkpoint)
+    clean_tokenizer_config(checkpoint)
+    again = load.load_tokenizer(checkpoint)
+    if again.get_vocab() != tokenizer.get_vocab():
+        raise ModelError(f"{path}: its tokenizer reads back with other tokens")
+    return {
+        "architecture": facts.architecture,
+        "parameters": facts.parameters,
+        "vocabulary_rows": facts.vocabulary_size,
+        "tokenizer_ids": ids,
+    }
+
+
+def _inside(path: Path) -> dict[str, Any]:
+    return {"gguf_file": path.name, "local_files_only": True}
+
+
+def _read_tokenizer(path: Path, special: SpecialTokens) -> Any:
+    """The tokenizer of a GGUF with the recipe's special tokens. Raises ModelError, RecipeError."""
+    try:
+        tokenizer = gguf_tokenizer.read_bpe(path)
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, **_inside(path))
+            # Transformers takes these from its own table for the kind of tokenizer, not from the file.
+            facts = read_facts(path)
+            for role, token in (("bos", facts.bos_token), ("eos", facts.eos_token), ("pad", facts.pad_token)):
+                _set_token(tokenizer, role, token, path)
+    except _UNREADABLE as error:
+        raise ModelError(
+            f"{path}: its tokenizer cannot be read: {error}", hint="give the model as a Hugging Face folder"
+        ) from error
+    for role in _ROLES:
+        _set_token(tokenizer, role, getattr(special, role), path)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def _set_token(tokenizer: Any, role: str, token: str | None, path: Path) -> None:

@@ -1,0 +1,48 @@
+"""Paired bootstrap: how sure is the difference of two models that answered the same questions?
+
+Percentile intervals (Efron 1979, "Bootstrap methods: another look at the jackknife"; Efron, Tibshirani 1993, ch. 13).
+Questions are drawn with replacement and keep both of their scores, so that what makes a question hard for both models
+does not widen the interval. It says how far the figure depends on the choice of questions, and on nothing else: neither
+on the seed of the training nor on questions of another kind. Below some 30 questions it is too narrow.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of after − before, and its interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low > 0 or self.high < 0
+
+
+def paired_differences(
+    before: Sequence[Sequence[float]], after: Sequence[Sequence[float]], *, resamples: int, seed: int
+) -> list[Difference]:
+    """One Difference for each score; `before` and `after` are [scores, questions], one column being one question.
+
+    All scores are resampled with the same draws. Raises ValueError for shapes that do not fit, no question, or a score
+    that is not finite.
+    """
+    found = np.asarray(after, np.float64) - np.asarray(before, np.float64)
+    if found.ndim != 2 or found.shape[1] == 0 or np.shape(before) != np.shape(after):
+        raise ValueError(f"scores of shapes {np.shape(before)} and {np.shape(after)}: not the same questions, or none")
+    if not np.isfinite(found).all():
+        raise ValueError("a score is not finite")
+    random = np.random.default_rng(seed)
+    questions = found.shape[1]
+    means = np.stack([found[:, random.integers(0, questions, questions)].mean(axis=1) for _ in range(resamples)])
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(means, (tail, 1 - tail), axis=0)
+    return [Difference(*map(float, row)) for row in zip(found.mean(axis=1), low, high, strict=True)]
