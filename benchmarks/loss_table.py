@@ -143,6 +143,7 @@ def main() -> None:
     parser.add_argument("--temperatures", default="1,2,4")
     parser.add_argument("--top-ks", default="16,64,256")
     parser.add_argument("--seeds", default="0")
+    parser.add_argument("--only", help="of these, in this order: forward_kl:2:256,tvd:1:16")
     given = parser.parse_args()
     given.out.mkdir(parents=True)
     recipe = read_recipe(given.recipe)
@@ -151,6 +152,10 @@ def main() -> None:
     capture_all(recipe, given.work, given.out, temperatures, top_ks)
     jobs: list[Job] = [("sft", 1.0, 0, seed) for seed in seeds]
     jobs += itertools.product(given.divergences.split(","), temperatures, top_ks, seeds)
+    if given.only:
+        wanted = [tuple(text.split(":")) for text in given.only.split(",")]
+        jobs = [job for job in jobs if job[0] == "sft" or (job[0], f"{job[1]:g}", str(job[2])) in wanted]
+        jobs.sort(key=lambda job: -1 if job[0] == "sft" else wanted.index((job[0], f"{job[1]:g}", str(job[2]))))
     context = multiprocessing.get_context("spawn")
     queue, done = context.Queue(), context.Queue()
     for job in [*jobs, *[None] * given.processes]:
