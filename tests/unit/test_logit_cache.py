@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -352,3 +353,24 @@ def test_samples_come_back_as_shares_without_a_tail(tmp_path: Path) -> None:
     drawn.values[0] = 3
     with pytest.raises(ArtifactError, match="not 10 samples"):
         writer.write(0, [(row.key, drawn)])
+
+
+def test_a_reader_goes_to_another_process_with_its_shards_closed(tmp_path: Path) -> None:
+    folder, rows = _cache(tmp_path / "cache")
+    reader = Reader(folder)
+    expected = reader.at_temperature(rows[0], 2.0)
+    again = pickle.loads(pickle.dumps(reader)).at_temperature(rows[0], 2.0)
+    assert all((one == other).all() for one, other in zip(again, expected, strict=True))
+
+
+def test_all_rows_are_checked_before_the_first_is_used(tmp_path: Path) -> None:
+    folder, rows = _cache(tmp_path / "cache")
+    Reader(folder).check(rows, 2.0)
+    with pytest.raises(ArtifactError, match="was not captured"):
+        Reader(folder).check([*rows, _row(99)], 2.0)
+    with pytest.raises(ArtifactError, match="not 3"):
+        Reader(folder).check(rows, 3.0)
+    shard = folder / "shard-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(ArtifactError, match=r"shard-00001\.safetensors"):
+        Reader(folder).check(rows, 2.0)
