@@ -70,6 +70,30 @@ def run(
     if device.type == "cuda":
         _check_memory(step, collate, batches, settings)
         set_seed(seed)
+    return {
+        **train(step, collate, batches, seed=seed, device=device, out=out, report=report),
+        "rows": len(examples),
+        "peak_memory_bytes": _peak_memory(device),
+        "engine": engine,
+        "engine_version": importlib.metadata.version(engine),
+        "load_in_4bit": settings.load_in_4bit,
+        "optimizer": optimizer_name(settings, device),
+        "gradient_checkpointing": checkpoints_activations(settings, engine),
+    }
+
+
+def train(
+    step: "_Step",
+    collate: "_Collator",
+    batches: Sequence[list[Row]],
+    *,
+    seed: int,
+    device: torch.device,
+    out: Path,
+    report: Reporter,
+) -> dict[str, Any]:
+    """Make the planned steps, from the newest whole checkpoint on; write log.jsonl and adapter/. Returns figures."""
+    settings, model = step.settings, step.model
     steps = math.ceil(len(batches) / settings.gradient_accumulation)
     checkpoints = out / "resume"
     checkpoints.mkdir(exist_ok=True)
@@ -99,7 +123,6 @@ def run(
         + (f", {speed:.0f} tokens/s" if speed else ""),
         "steps": steps,
         "steps_resumed": done,
-        "rows": len(examples),
         "trainable_parameters": sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
         "first": first,
         "last": last,
@@ -107,15 +130,9 @@ def run(
         "seconds_per_step": trainer.seconds_per_step(),
         "tokens": trainer.tokens_seen,
         "tokens_per_second": speed,
-        "peak_memory_bytes": _peak_memory(device),
-        "engine": engine,
-        "engine_version": importlib.metadata.version(engine),
-        "load_in_4bit": settings.load_in_4bit,
-        "optimizer": optimizer_name(settings, device),
-        "gradient_checkpointing": checkpoints_activations(settings, engine),
         "processes": parallel.world(),
         "device": str(device),
-        "precision": "float32" if autocast is None else str(autocast).removeprefix("torch."),
+        "precision": "float32" if step.autocast is None else str(step.autocast).removeprefix("torch."),
     }
 
 

@@ -7,9 +7,6 @@ tokens up to the next common cut count as one, and the probability of those befo
 Checkpoints go to resume/, as in `distill`.
 """
 
-import json
-import math
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +17,7 @@ import torch
 import trl
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from transformers import PrinterCallback, set_seed
+from transformers import set_seed
 from trl.experimental.gold.gold_trainer import ULDLoss
 
 from toolchain.data.rows import Row, read_rows
@@ -77,47 +74,11 @@ def run(
     if device.type == "cuda":
         distill._check_memory(step, collate, batches, settings)
         set_seed(seed)
-    steps = math.ceil(len(batches) / settings.gradient_accumulation)
-    checkpoints = out / "resume"
-    checkpoints.mkdir(exist_ok=True)
-    arguments = distill._arguments(settings, checkpoints, steps=steps, seed=seed, device=device)
-    with arguments.main_process_first(local=False):
-        newest = distill.newest_whole(checkpoints)
-    done = int(newest.name.rpartition("-")[2]) if newest else 0
-
-    with bar(report, "distil", total=steps, unit="step") as task:
-        task.advance(done)
-        trainer = distill._Trainer(model=step.as_model(), args=arguments, train_dataset=batches, data_collator=collate)
-        trainer.remove_callback(PrinterCallback)
-        trainer.follow(step, report, task, steps)
-        started = time.perf_counter()
-        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
-        seconds = time.perf_counter() - started
-    history = [entry for entry in trainer.state.log_history if "ce" in entry]
-    if parallel.rank() == 0:
-        with (out / "log.jsonl").open("w", encoding="utf-8") as file:
-            for entry in history:
-                file.write(json.dumps({name: entry[name] for name in distill._LOGGED}) + "\n")
-        distill.save_adapter(model, out / "adapter")
-    first, last = ({name: entry[name] for name in ("loss", "ce", "divergence")} for entry in (history[0], history[-1]))
-    speed = trainer.tokens_seen / seconds if steps > done else None
     return {
-        "summary": f"loss {first['loss']:.3f} → {last['loss']:.3f} in {steps} steps"
-        + (f", {speed:.0f} tokens/s" if speed else ""),
-        "steps": steps,
-        "steps_resumed": done,
+        **distill.train(step, collate, batches, seed=seed, device=device, out=out, report=report),
         "rows": len(examples),
-        "trainable_parameters": sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
-        "first": first,
-        "last": last,
-        "seconds": seconds,
-        "tokens": trainer.tokens_seen,
-        "tokens_per_second": speed,
         "engine": "transformers",
         "trl": trl.__version__,
-        "processes": parallel.world(),
-        "device": str(device),
-        "precision": "float32" if autocast is None else str(autocast).removeprefix("torch."),
     }
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from toolchain.artifact import digest_file
 from toolchain.data.rows import Row, read_rows
 from toolchain.errors import ArtifactError, HostError, ModelError
 from toolchain.recipe import Capture
@@ -54,7 +55,7 @@ def run(
     common = _common(vocabulary, teacher)
     todo = _rows(rows, vocabulary=common.ids)
     source = Source(
-        teacher=weights_digest(teacher) if gguf is None else _sha256(gguf),
+        teacher=weights_digest(teacher) if gguf is None else digest_file(gguf),
         tokenizer=common.tokenizer or "",
         # The rows are rendered with the student's.
         template=common.student_template or "",
@@ -161,13 +162,8 @@ def weights_digest(folder: Path) -> str:
     """SHA-256 over name and content of config.json and every safetensors file of a checkpoint."""
     whole = hashlib.sha256()
     for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
-        whole.update(f"{path.name} {_sha256(path)}\n".encode())
+        whole.update(f"{path.name} {digest_file(path)}\n".encode())
     return whole.hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- What runs the teacher.

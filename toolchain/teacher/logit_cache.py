@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, StringC
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
+from toolchain.artifact import digest_file
 from toolchain.data.rows import Row
 from toolchain.errors import ArtifactError
 from toolchain.teacher.bits import Array, BitReader, fields, golomb, golomb_bits, pack
@@ -263,8 +264,8 @@ class Writer:
             return (
                 [row[0] for row in note["rows"]] == list(keys)
                 and note["source"] == self.source.digest
-                and note["sha256"] == _sha256(self.draft / _shard(shard))
-                and note["codebook"] == _sha256(self.draft / _CODEBOOK)
+                and note["sha256"] == digest_file(self.draft / _shard(shard))
+                and note["codebook"] == digest_file(self.draft / _CODEBOOK)
             )
         except (OSError, ValueError, KeyError, TypeError):
             return False
@@ -290,11 +291,11 @@ class Writer:
         _write_whole(path, lambda draft: save_file({"rows": tensor}, draft))
         # The note comes last: a shard without one is not there.
         note = {
-            "sha256": _sha256(path),
+            "sha256": digest_file(path),
             "bytes": path.stat().st_size,
             "entries": sum(len(row.ids) for _, row in named),
             "source": self.source.digest,
-            "codebook": _sha256(self.draft / _CODEBOOK),
+            "codebook": digest_file(self.draft / _CODEBOOK),
             "rows": places,
         }
         text = json.dumps(note)
@@ -339,7 +340,7 @@ class Writer:
             os.link(draft, final)
         except OSError:
             shutil.copyfile(draft, final)
-        return {"file": name, "bytes": draft.stat().st_size, "sha256": _sha256(draft)}
+        return {"file": name, "bytes": draft.stat().st_size, "sha256": digest_file(draft)}
 
 
 class Reader:
@@ -450,7 +451,7 @@ class Reader:
     def _opened(self, note: _File, open_file: Callable[[Path], Any]) -> Any:
         path = self.folder / note.file
         try:
-            if path.stat().st_size != note.bytes or _sha256(path) != note.sha256:
+            if path.stat().st_size != note.bytes or digest_file(path) != note.sha256:
                 raise ArtifactError(f"{path}: damaged: its SHA-256 is not the one in {_INDEX}", hint=_AGAIN)
             return open_file(path)
         except (OSError, SafetensorError, ValueError, KeyError) as error:
@@ -495,11 +496,6 @@ def _shard(number: int) -> str:
 
 def _note(number: int) -> str:
     return f"shard-{number:05}.json"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
