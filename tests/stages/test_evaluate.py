@@ -17,9 +17,9 @@ from toolchain.evaluate import ledger
 from toolchain.evaluate.gates import GateLimits, check_gates, failed_gates
 from toolchain.gguf import convert, llama_cpp
 from toolchain.gguf.llama_cpp import LlamaCpp
+from toolchain.recipe import Merge
 from toolchain.reporter import Silent
-from toolchain.student import load, vocabulary
-from toolchain.student.merge import load_adapted
+from toolchain.student import load, merge, vocabulary
 from toolchain.target import read_target
 
 pytestmark = [pytest.mark.stages, pytest.mark.llama_cpp]
@@ -43,17 +43,22 @@ def made(llama: LlamaCpp, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     root = tmp_path_factory.mktemp("evaluate")
     teacher = make_tiny_checkpoint(root / "teacher", layers=3)
     student = make_tiny_checkpoint(root / "student", seed=1)
-    adapter, merged = root / "adapter", root / "merged"
+    adapter, merged = root / "adapter", root / "checkpoint"
     _random_adapter(student, adapter)
-    load_adapted(student, adapter).merge_and_unload().save_pretrained(merged)
-    load.load_tokenizer(student).save_pretrained(merged)
-    for name in ("tokenizer.model", "tokenizer_config.json"):
-        (merged / name).write_bytes((student / name).read_bytes())
+    write_rows(root / "held_out.jsonl", _rows(student))
+    merge.run(
+        Merge(dtype="float32"),
+        load_in_4bit=False,
+        base=student,
+        adapter=adapter,
+        held_out=root / "held_out.jsonl",
+        out=root,
+        report=Silent(),
+    )
     for name, model in (("gguf", merged), ("gguf_teacher", teacher)):
         (root / name).mkdir()
         convert.run(model=model, name="tiny", llama=llama, out=root / name, report=Silent())
     (root / "quantize.json").write_text('{"file_type": "F16"}')
-    write_rows(root / "held_out.jsonl", _rows(student))
     vocabulary.run(method="logits", on_policy=False, teacher=teacher, student=student, out=root)
     return {
         "held_out": root / "held_out.jsonl",
