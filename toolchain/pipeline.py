@@ -410,9 +410,7 @@ def _quantize(settings: QuantizeSettings, inputs: Inputs, out: Path, report: Rep
     from toolchain.gguf import llama_cpp, quantize
 
     llama = llama_cpp.find(settings.cmake)
-    return quantize.run(
-        settings.quantize, gguf=inputs["gguf"], imatrix=inputs["imatrix"], llama=llama, out=out, report=report
-    )
+    return quantize.run(settings.quantize, quantize.Inputs(**inputs), llama=llama, out=out, report=report)
 
 
 def _evaluate(settings: EvaluateSettings, inputs: Inputs, out: Path, report: Reporter) -> Metrics:
@@ -528,6 +526,17 @@ def _distill_inputs(recipe: Recipe) -> dict[str, Source]:
         rows=Made("select", "train.jsonl"),
         logits=Made("capture", "") if recipe.distill.uses_logits else None,
         teacher=Made("teacher", CHECKPOINT) if recipe.distill.method == "uld" else None,
+    )
+
+
+def _quantize_inputs(recipe: Recipe) -> dict[str, Source]:
+    searches = recipe.quantize.allocation == "error-aware"
+    return _given(
+        gguf=Made("convert", "model-f16.gguf"),
+        imatrix=Made("imatrix", "imatrix.gguf"),
+        train=Made("select", "train.jsonl") if searches else None,
+        held_out=Made("select", "held_out.jsonl") if searches else None,
+        plan=recipe.quantize.plan,
     )
 
 
@@ -731,10 +740,7 @@ STAGES: tuple[Stage, ...] = (
         _quantize,
         QuantizeSettings,
         settings=lambda recipe, _: QuantizeSettings(quantize=recipe.quantize, cmake=host_cmake()),
-        inputs=lambda recipe: {
-            "gguf": Made("convert", "model-f16.gguf"),
-            "imatrix": Made("imatrix", "imatrix.gguf"),
-        },
+        inputs=_quantize_inputs,
         uses_llama_cpp=lambda _: True,
     ),
     Stage(

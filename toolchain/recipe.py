@@ -9,6 +9,9 @@ from toolchain.settings import OPERATIONAL, ExistingPath, Settings, read_toml
 
 DataFormat = Literal["auto", "alpaca", "sharegpt", "messages", "prompt-completion", "question-answer"]
 FileType = Literal["Q3_K_M", "Q4_0", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0"]
+TensorType = Literal[
+    "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ3_S", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"
+]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
@@ -299,6 +302,31 @@ class Quantize(Settings):
     """16-bit GGUF → quantized GGUF."""
 
     file_type: FileType = "Q4_K_M"
+    allocation: Literal["stock", "error-aware"] = "stock"
+    """"stock": llama-quantize decides which tensor gets which type. "error-aware": it is searched for, within the same
+    bytes, by what the model loses; the result is taken where it loses less on the held-out answers, beyond doubt."""
+    types: tuple[TensorType, ...] = ("Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL", "Q5_0", "Q5_1")
+    """What "error-aware" may choose from; each has fast kernels on x86 and on ARM. Q4_0 and Q4_1 are not among them."""
+    target_bytes: int | None = Field(None, ge=1)
+    """Most bytes of all tensors, where "error-aware" is to come out smaller (or larger) than `file_type` would."""
+    target_bits: float | None = Field(None, gt=2, le=16)
+    """The same in bits per weight, over all tensors."""
+    search_tokens: int = Field(1024, ge=64)
+    """Answer tokens that "error-aware" scores to tell a tensor's sensitivity, and as many to try whole plans."""
+    search_trials: int = Field(60, ge=0)
+    """Most whole plans that are tried."""
+    plan: ExistingPath | None = None
+    """A file of lines `regular expression = type`, such as an earlier run's plan.txt: taken as it is."""
+
+    @model_validator(mode="after")
+    def _one_way_to_choose(self) -> Self:
+        if self.target_bytes is not None and self.target_bits is not None:
+            raise ValueError("target_bytes and target_bits: give one of them")
+        if self.allocation == "stock" and (self.target_bytes is not None or self.target_bits is not None):
+            raise ValueError("target_bytes and target_bits need allocation = 'error-aware'")
+        if self.plan is not None and self.allocation != "stock":
+            raise ValueError("plan: the types are given; leave allocation out")
+        return self
 
 
 class Compare(Settings):

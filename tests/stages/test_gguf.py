@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -186,10 +187,14 @@ def test_the_importance_matrix_is_the_same_each_time_and_special_tokens_are_read
         assert vocabulary.encode(text, add_special=False)[: len(rows[0].token_ids)] == list(rows[0].token_ids)
 
 
+def run_quantize(gguf: Path, imatrix: Path, llama: LlamaCpp, out: Path) -> dict[str, Any]:
+    return quantize.run(Quantize(), quantize.Inputs(gguf, imatrix), llama=llama, out=out, report=Silent())
+
+
 def test_a_wide_model_is_quantized_as_the_label_says_and_still_predicts_much_the_same(
     checkpoint: Path, converted: Path, matrix: Path, rows: list[Row], llama: LlamaCpp, tmp_path: Path
 ) -> None:
-    metrics = quantize.run(Quantize(), gguf=converted, imatrix=matrix, llama=llama, out=tmp_path, report=Silent())
+    metrics = run_quantize(converted, matrix, llama, tmp_path)
     record = json.loads((tmp_path / quantize.RECORD).read_text())
     assert record == {key: metrics[key] for key in record}
     assert record["fallbacks"] == []
@@ -207,9 +212,7 @@ def test_a_narrow_model_falls_back_and_every_tensor_that_did_is_named(
     model = make_tiny_checkpoint(tmp_path / "model", hidden=64)
     convert.run(model=model, name=NAME, llama=llama, out=tmp_path, report=Silent())
     made = make_matrix(tmp_path / convert.OUTPUT, model, rows, llama, tmp_path)
-    metrics = quantize.run(
-        Quantize(), gguf=tmp_path / convert.OUTPUT, imatrix=made, llama=llama, out=tmp_path, report=Silent()
-    )
+    metrics = run_quantize(tmp_path / convert.OUTPUT, made, llama, tmp_path)
     facts = read_facts(tmp_path / quantize.OUTPUT)
     assert facts.file_type == "Q4_K_M"
     assert not {"Q4_K", "Q6_K"} & set(facts.tensor_types)
@@ -223,7 +226,7 @@ def test_a_cut_input_leaves_nothing_that_looks_finished(
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(converted.read_bytes()[:-5000])
     with pytest.raises(errors.ModelError, match=r"cut\.gguf: cut short"):
-        quantize.run(Quantize(), gguf=cut, imatrix=matrix, llama=llama, out=tmp_path, report=Silent())
+        run_quantize(cut, matrix, llama, tmp_path)
     assert not (tmp_path / quantize.OUTPUT).exists()
 
 
@@ -235,6 +238,6 @@ def test_a_matrix_of_another_model_leaves_nothing_that_looks_finished(
     convert.run(model=other, name=NAME, llama=llama, out=tmp_path / "other", report=Silent())
     foreign = make_matrix(tmp_path / "other" / convert.OUTPUT, other, rows, llama, tmp_path)
     with pytest.raises(errors.ExternalToolError, match="llama-quantize exited with"):
-        quantize.run(Quantize(), gguf=converted, imatrix=foreign, llama=llama, out=tmp_path, report=Silent())
+        run_quantize(converted, foreign, llama, tmp_path)
     assert not (tmp_path / quantize.OUTPUT).exists()
     assert not (tmp_path / quantize.RECORD).exists()

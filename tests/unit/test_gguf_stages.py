@@ -121,7 +121,7 @@ def test_commands_say_what_is_asked_for() -> None:
     assert "--chunks" not in argv
     assert {"--parse-special", "--no-escape"} <= set(argv)
     argv = quantize.quantize_argv(
-        Path("llama-quantize"), Path("in.gguf"), Path("/out.gguf"), "Q4_K_M", "imatrix.gguf", dry_run=True
+        Path("llama-quantize"), Path("in.gguf"), Path("/out.gguf"), "Q4_K_M", "imatrix.gguf", plan=None, dry_run=True
     )
     assert argv[:6] == ["llama-quantize", "--imatrix", "imatrix.gguf", "--dry-run", "in.gguf", "/out.gguf"]
     assert argv[6] == "Q4_K_M"

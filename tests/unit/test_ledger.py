@@ -12,6 +12,7 @@ from toolchain import report
 from toolchain.data.rows import Row
 from toolchain.errors import HostError, ModelError
 from toolchain.evaluate import ledger
+from toolchain.evaluate.bootstrap import paired_interval
 from toolchain.evaluate.gates import Gate, GateLimits, check_gates, failed_gates
 from toolchain.evaluate.ledger import Form, LedgerRow, kl_by_position, score_forms
 from toolchain.reporter import Silent
@@ -85,14 +86,14 @@ def test_the_gain_is_judged_by_kl_where_there_is_a_teacher(tmp_path: Path) -> No
 def test_the_interval_is_that_of_a_mean_of_many_rows_and_weighs_them_by_their_tokens() -> None:
     samples = np.random.default_rng(7).normal(0.3, 1.0, 400)
     equal = np.full(400, 9)
-    found = ledger.paired_interval(samples, equal)
-    assert found == ledger.paired_interval(samples, equal), "seeded"
+    found = paired_interval(samples, equal)
+    assert found == paired_interval(samples, equal), "seeded"
     half = 1.96 * samples.std() / 20
     assert found == pytest.approx((samples.mean() - half, samples.mean() + half), abs=0.02)
-    weighted = ledger.paired_interval(np.array([1.0] * 50 + [0.0] * 50), np.array([99] * 50 + [1] * 50))
+    weighted = paired_interval(np.array([1.0] * 50 + [0.0] * 50), np.array([99] * 50 + [1] * 50))
     assert weighted is not None
     assert weighted[0] > 0.95
-    assert ledger.paired_interval(samples[:1], equal[:1]) is None
+    assert paired_interval(samples[:1], equal[:1]) is None
 
 
 def test_an_answer_token_that_only_the_student_has_is_named() -> None:

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 CONFIDENCE = 0.95
+RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -46,3 +48,20 @@ def paired_differences(
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(means, (tail, 1 - tail), axis=0)
     return [Difference(*map(float, row)) for row in zip(found.mean(axis=1), low, high, strict=True)]
+
+
+def paired_interval(
+    differences: npt.NDArray[np.float64], weights: npt.NDArray[np.int64], *, seed: int = 0
+) -> tuple[float, float] | None:
+    """Interval of the weighted mean of `differences`, one per held-out row.
+
+    None with fewer than two rows.
+    """
+    count = len(differences)
+    if count < 2:
+        return None
+    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+    means = (drawn @ (weights * differences)) / (drawn @ weights)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(means, (tail, 1 - tail))
+    return float(low), float(high)

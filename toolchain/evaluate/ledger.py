@@ -20,6 +20,7 @@ import torch
 from toolchain.data.rows import Row, read_rows
 from toolchain.disk import require_free
 from toolchain.errors import ModelError
+from toolchain.evaluate.bootstrap import CONFIDENCE, RESAMPLES, paired_interval
 from toolchain.evaluate.gates import JUDGED_BY
 from toolchain.gguf import score as gguf_score
 from toolchain.gguf.header import read_facts
@@ -29,8 +30,6 @@ from toolchain.student.vocabulary import read as read_vocabulary
 
 SCHEMA_VERSION = 2
 TEACHER = "teacher"
-RESAMPLES = 2000
-CONFIDENCE = 0.95
 Logprobs = npt.NDArray[np.float32]
 """[answer tokens of one row, vocabulary], natural logarithm."""
 
@@ -183,24 +182,6 @@ def gain_of(before: LedgerRow, after: LedgerRow) -> Gain:
     by_row = [np.array(getattr(row, f"{judged_by}_by_row")) for row in (before, after)]
     low, high = paired_interval(by_row[0] - by_row[1], np.array(after.tokens_by_row)) or (None, None)
     return Gain(judged_by, first, last, first - last, low, high)
-
-
-def paired_interval(
-    differences: npt.NDArray[np.float64], weights: npt.NDArray[np.int64], *, seed: int = 0
-) -> tuple[float, float] | None:
-    """Percentile bootstrap interval (Efron 1979) of the weighted mean of `differences`, one per held-out row.
-
-    Rows are drawn with replacement, both of their figures together. None with fewer than two rows. It says how far the
-    figure depends on the choice of questions, and on nothing else.
-    """
-    count = len(differences)
-    if count < 2:
-        return None
-    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
-    means = (drawn @ (weights * differences)) / (drawn @ weights)
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(means, (tail, 1 - tail))
-    return float(low), float(high)
 
 
 def score_forms(

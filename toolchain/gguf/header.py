@@ -46,6 +46,10 @@ class Tensor:
     """Row width first, as ggml counts."""
     bytes: int
 
+    @property
+    def elements(self) -> int:
+        return prod(self.shape)
+
 
 @dataclass(frozen=True)
 class GgufFacts:
@@ -102,7 +106,7 @@ def read_facts(path: Path) -> GgufFacts:
         raise ModelError(f"{path}: no {Keys.General.ARCHITECTURE} in it: not a language model's GGUF")
     if not tensors:
         raise ModelError(f"{path}: no tensors in it: a vocabulary only?")
-    parameters = sum(prod(tensor.shape) for tensor in tensors)
+    parameters = sum(tensor.elements for tensor in tensors)
     tensor_bytes = sum(tensor.bytes for tensor in tensors)
 
     def special(key: str) -> tuple[int | None, str | None]:

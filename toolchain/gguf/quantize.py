@@ -1,32 +1,46 @@
 """16-bit GGUF + importance matrix → quantized GGUF. Writes model.gguf and quantize.json, which says what it really is.
 
+Which tensor gets which type is for llama-quantize to say, for a plan, or searched for ("error-aware", see search.py);
+llama-quantize writes the file in any case. A searched plan is in plan.txt, and can be given to it by hand.
+
 A file labelled Q4_K_M can hold little of it: rows whose width is no multiple of 256 take another type, larger or worse.
 """
 
 import json
 import re
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from toolchain import process
+from toolchain.data.rows import read_rows
 from toolchain.disk import require_free
-from toolchain.errors import ExternalToolError
+from toolchain.errors import ExternalToolError, RecipeError
+from toolchain.evaluate.bootstrap import paired_interval
+from toolchain.gguf import score, search
+from toolchain.gguf.ggml import read_importance
 from toolchain.gguf.header import GgufFacts, read_facts
 from toolchain.gguf.llama_cpp import LlamaCpp, physical_cores
+from toolchain.journal import Journal
 from toolchain.recipe import FileType, Quantize
 from toolchain.reporter import Reporter, bar
 
 OUTPUT = "model.gguf"
 RECORD = "quantize.json"
+PLAN = "plan.txt"
 
 _FALLBACK = re.compile(
     r"warning: (\S+) +- ncols +(\d+) not divisible by +\d+ \(required for type +(\S+)\).*-> falling back to +(\S+)"
 )
 _FALLBACK_COUNT = re.compile(r"WARNING: (\d+) of \d+ tensor\(s\) required fallback")
 _SIZE = re.compile(r"quant size += +([\d.]+) MiB")
+_UNQUANTIZED = ("F32", "F16", "BF16")
 _MARGIN_BYTES = 32 << 20
 """Header, vocabulary and rounding of the size that llama-quantize foretells."""
 
@@ -42,66 +56,239 @@ class Fallback:
     got: str
 
 
-def run(
-    settings: Quantize, *, gguf: Path, imatrix: Path, llama: LlamaCpp, out: Path, report: Reporter
-) -> dict[str, Any]:
-    """Quantize `gguf` to `settings.file_type`; returns metrics with what quantize.json holds.
+@dataclass(frozen=True)
+class Inputs:
+    """Paths. The rows and the plan are there where the settings need them."""
 
-    Raises ModelError for a damaged input, HostError when the disk is too small, ExternalToolError otherwise.
+    gguf: Path
+    imatrix: Path
+    train: Path | None = None
+    held_out: Path | None = None
+    plan: Path | None = None
+
+
+def run(settings: Quantize, inputs: Inputs, *, llama: LlamaCpp, out: Path, report: Reporter) -> dict[str, Any]:
+    """Quantize `inputs.gguf` to `settings.file_type`; returns metrics with what quantize.json holds.
+
+    Raises ModelError for a damaged input, DataError for too few rows, HostError when the disk is too small,
+    RecipeError for a plan or target that cannot be, ExternalToolError otherwise.
     """
     started = time.perf_counter()
-    source = read_facts(gguf)
-    target, log = out / OUTPUT, out / "logs" / "quantize.log"
-    program = llama.program("llama-quantize")
+    quantizer = _LlamaQuantize(settings.file_type, inputs, llama, out, report)
+    target = out / OUTPUT
+    allocation: dict[str, Any] = {"kind": settings.allocation}
+    fallbacks: list[Fallback] = []
+    if settings.allocation == "error-aware":
+        allocation |= _error_aware(settings, inputs, quantizer, llama, out, report)
+    elif inputs.plan is not None:
+        allocation["kind"] = "plan"
+        shutil.copyfile(inputs.plan, out / PLAN)
+        quantizer.write(target, plan=out / PLAN)
+    else:
+        lines = quantizer.write(target)
+        fallbacks = fallbacks_of(lines, read_facts(target), settings.file_type)
+    facts = read_facts(target)
+    record = {**describe(settings.file_type, facts, fallbacks), "allocation": allocation}
+    (out / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return {
+        **record,
+        "summary": _summary(record),
+        "seconds": round(time.perf_counter() - started, 3),
+        "source_bytes": quantizer.source.file_bytes,
+    }
 
-    def quantize(target: Path, *, dry_run: bool, label: str) -> list[str]:
+
+def _summary(record: Mapping[str, Any]) -> str:
+    size = f"{record['bits_per_weight']:.2f} bits per weight, {record['file_bytes'] / 1e6:.1f} MB"
+    allocation = record["allocation"]
+    if "held_out" not in allocation:
+        note = f"{len(record['fallbacks'])} of {record['tensors']} tensors of another type than asked for"
+        return f"{record['file_type']}: {size}" + ("" if allocation["kind"] == "plan" else f", {note}")
+    held_out = allocation["held_out"]
+    taken = "error-aware" if allocation["taken"] else "stock kept: the gain is not beyond doubt"
+    return (
+        f"{record['file_type']}, {taken}: {size}, KL to 16-bit {held_out['stock']['kl']:.4f} as stock, "
+        f"{held_out['error-aware']['kl']:.4f} error-aware ({held_out['change']['share']:+.1%})"
+    )
+
+
+class _LlamaQuantize:
+    """llama-quantize on one source, with one importance matrix."""
+
+    def __init__(self, file_type: FileType, inputs: Inputs, llama: LlamaCpp, out: Path, report: Reporter) -> None:
+        self.source = read_facts(inputs.gguf)
+        self._file_type, self._inputs, self._out, self._report = file_type, inputs, out, report
+        self._program, self._log = llama.program("llama-quantize"), out / "logs" / "quantize.log"
+
+    def write(self, target: Path, *, plan: Path | None = None, files: int = 1) -> list[str]:
+        """Write `target` and hand back what the tool said; there must be room for as many `files` of its size."""
+        needed = self._foretell(target, plan) + _MARGIN_BYTES
+        require_free(self._out, files * needed, "the quantized model" if files == 1 else f"{files} quantized models")
+        try:
+            return self._run(target, plan, label=f"quantizing to {self._file_type}")
+        except (ExternalToolError, OSError):
+            # llama-quantize does not say why it cannot write, and on a full disk its log cannot be written either.
+            target.unlink(missing_ok=True)
+            require_free(self._out, needed, "the quantized model")
+            raise
+
+    def _foretell(self, target: Path, plan: Path | None) -> int:
+        found = _SIZE.search("\n".join(self._run(target, plan, dry_run=True, label="planning")))
+        if found is None:
+            raise ExternalToolError("llama-quantize --dry-run tells no size", hint=f"full output: {self._log}")
+        return int(float(found[1]) * 2**20)
+
+    def _run(self, target: Path, plan: Path | None, *, label: str, dry_run: bool = False) -> list[str]:
         lines: list[str] = []
-        with bar(report, label, total=len(source.tensors), unit="tensor") as task:
+        imatrix = self._inputs.imatrix.resolve()
+        with bar(self._report, label, total=len(self.source.tensors), unit="tensor") as task:
 
             def on_line(line: str) -> None:
                 lines.append(line)
                 if re.match(r"\[ *\d+/ *\d+\]", line):
                     task.advance()
 
-            argv = quantize_argv(program, gguf.resolve(), target, settings.file_type, imatrix.name, dry_run=dry_run)
+            argv = quantize_argv(
+                self._program,
+                self._inputs.gguf.resolve(),
+                target,
+                self._file_type,
+                imatrix.name,
+                plan=plan,
+                dry_run=dry_run,
+            )
             # The folder's name must not be in the file: llama-quantize records the matrix as it is called.
-            process.run(argv, log=log, cwd=imatrix.resolve().parent, on_line=on_line, hint=f"full output: {log}")
+            process.run(argv, log=self._log, cwd=imatrix.parent, on_line=on_line, hint=f"full output: {self._log}")
         return lines
-
-    plan = "\n".join(quantize(target, dry_run=True, label="planning"))
-    foretold = _SIZE.search(plan)
-    if foretold is None:
-        raise ExternalToolError("llama-quantize --dry-run tells no size", hint=f"full output: {log}")
-    needed = int(float(foretold[1]) * 2**20) + _MARGIN_BYTES
-    require_free(out, needed, "the quantized model")
-    try:
-        lines = quantize(target, dry_run=False, label=f"quantizing to {settings.file_type}")
-    except (ExternalToolError, OSError):
-        # llama-quantize does not say why it cannot write, and on a full disk its log cannot be written either.
-        target.unlink(missing_ok=True)
-        require_free(out, needed, "the quantized model")
-        raise
-    facts = read_facts(target)
-    record = describe(settings.file_type, facts, fallbacks_of(lines, facts, settings.file_type))
-    (out / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    summary = (
-        f"{record['file_type']}: {record['bits_per_weight']:.2f} bits per weight, {record['file_bytes'] / 1e6:.1f} MB, "
-        f"{len(record['fallbacks'])} of {record['tensors']} tensors of another type than asked for"
-    )
-    return {
-        **record,
-        "summary": summary,
-        "seconds": round(time.perf_counter() - started, 3),
-        "source_bytes": source.file_bytes,
-    }
 
 
 def quantize_argv(
-    program: Path, source: Path, out: Path, file_type: FileType, imatrix: str, *, dry_run: bool
+    program: Path, source: Path, out: Path, file_type: FileType, imatrix: str, *, plan: Path | None, dry_run: bool
 ) -> list[str]:
     options = ["--dry-run"] if dry_run else []
+    if plan is not None:
+        options += ["--tensor-type-file", str(plan.absolute())]
     files = [str(source), str(out.absolute()), file_type, str(physical_cores())]
     return [str(program), "--imatrix", imatrix, *options, *files]
+
+
+# --- Error-aware allocation.
+
+
+def _error_aware(
+    settings: Quantize, inputs: Inputs, quantizer: _LlamaQuantize, llama: LlamaCpp, out: Path, report: Reporter
+) -> dict[str, Any]:
+    """Write the better one of a searched plan and stock to OUTPUT; what was found, for the record."""
+    assert inputs.train is not None
+    assert inputs.held_out is not None
+    target, other = out / OUTPUT, out / "stock.gguf"
+    quantizer.write(other, files=2)
+    stock = read_facts(other)
+    types = {tensor.name: tensor.type for tensor in stock.tensors if tensor.type not in _UNQUANTIZED}
+    shapes = {tensor.name: tensor for tensor in stock.tensors}
+    budget = _budget(settings, stock, search.bytes_of(types, shapes))
+    _check_budget(settings, budget, search.smallest_bytes(types, shapes, settings.types))
+    with Journal(out / "resume" / "search.jsonl") as journal:
+        found = search.choose(
+            inputs.gguf,
+            stock=types,
+            shapes=shapes,
+            kinds=settings.types,
+            budget=budget,
+            importance=read_importance(inputs.imatrix),
+            rows=read_rows(inputs.train),
+            tokens=settings.search_tokens,
+            trials=settings.search_trials,
+            llama=llama,
+            journal=journal,
+            report=report,
+        )
+    (out / PLAN).write_text(search.render(found.plan), encoding="utf-8")
+    quantizer.write(target, plan=out / PLAN)
+    made = read_facts(target)
+    unlike = [tensor for tensor in made.tensors if found.plan.get(tensor.name, tensor.type) != tensor.type]
+    if unlike:
+        raise ExternalToolError(f"llama-quantize gave {unlike[0].name} {unlike[0].type}, the plan says otherwise")
+    held_out = _held_out(inputs, {"stock": other, "error-aware": target}, llama, report)
+    resized = settings.target_bytes is not None or settings.target_bits is not None
+    high = held_out["change"]["high"]
+    taken = resized or (high is not None and high < 0 and made.file_bytes <= stock.file_bytes)
+    if taken:
+        other.unlink()
+    else:
+        other.replace(target)
+    return {
+        "taken": taken,
+        "stock": {"file_bytes": stock.file_bytes, "types": types},
+        "plan": {"file_bytes": made.file_bytes, "types": found.plan},
+        "held_out": held_out,
+        "search": {
+            "kl": found.kl,
+            "stock_kl": found.stock_kl,
+            "predicted_kl": found.predicted_kl,
+            "trials": found.trials,
+            "kept": found.kept,
+            "answer_tokens": found.tokens,
+            "sensitivity": found.sensitivity,
+        },
+    }
+
+
+def _budget(settings: Quantize, stock: GgufFacts, stock_bytes: int) -> int:
+    """Bytes for what is quantized: all that stock takes for it, or what the target leaves beside the rest."""
+    target = settings.target_bytes
+    if settings.target_bits is not None:
+        target = int(settings.target_bits * stock.parameters / 8)
+    return stock_bytes if target is None else target - (stock.tensor_bytes - stock_bytes)
+
+
+def _check_budget(settings: Quantize, budget: int, least: int) -> None:
+    if budget < least:
+        name = "target_bytes" if settings.target_bytes is not None else "target_bits"
+        raise RecipeError(
+            f"quantize.{name} is {getattr(settings, name)}: that leaves {max(budget, 0):,} bytes for the tensors that "
+            f"are quantized, and with quantize.types they take at least {least:,}",
+            hint=f"raise quantize.{name}, or add a smaller type to quantize.types",
+        )
+
+
+def _held_out(inputs: Inputs, files: Mapping[str, Path], llama: LlamaCpp, report: Reporter) -> dict[str, Any]:
+    """KL(16-bit ‖ each file) over the held-out answers as llama.cpp runs it, and its change with the interval."""
+    assert inputs.held_out is not None
+    rows = read_rows(inputs.held_out)
+    by_row: dict[str, list[float]] = {name: [] for name in files}
+    by_token: dict[str, list[npt.NDArray[np.float64]]] = {name: [] for name in files}
+    same = dict.fromkeys(files, 0)
+    scored = [score.answer_logprobs(path, rows, llama=llama) for path in (inputs.gguf, *files.values())]
+    with bar(report, "held-out answers", total=len(rows), unit="row") as task:
+        for reference, *others in zip(*scored, strict=True):
+            p = np.exp(reference)
+            for name, logprobs in zip(files, others, strict=True):
+                kl = (p * (reference - logprobs)).sum(-1, dtype=np.float64)
+                by_token[name].append(kl)
+                by_row[name].append(float(kl.mean()))
+                same[name] += int((reference.argmax(-1) == logprobs.argmax(-1)).sum())
+            task.advance()
+    tokens = np.array([len(row.answer_ids) for row in rows])
+    figures: dict[str, Any] = {
+        name: {
+            "kl": float(np.concatenate(by_token[name]).mean()),
+            "kl_p99": float(np.quantile(np.concatenate(by_token[name]), 0.99)),
+            "same_top": same[name] / int(tokens.sum()),
+            "kl_by_row": by_row[name],
+        }
+        for name in files
+    }
+    first, second = files
+    interval = paired_interval(np.array(by_row[second]) - np.array(by_row[first]), tokens)
+    change = figures[second]["kl"] - figures[first]["kl"]
+    low, high = interval or (None, None)
+    return {
+        **figures,
+        "change": {"difference": change, "low": low, "high": high, "share": change / figures[first]["kl"]},
+        "rows": len(rows),
+        "answer_tokens": int(tokens.sum()),
+    }
 
 
 def fallbacks_of(lines: Sequence[str], facts: GgufFacts, file_type: FileType) -> list[Fallback]:

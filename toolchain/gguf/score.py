@@ -136,16 +136,20 @@ def open_vocabulary(gguf: Path, *, llama: LlamaCpp) -> Iterator[Vocabulary]:
 
 
 @contextmanager
-def open_model(gguf: Path, *, llama: LlamaCpp, vocabulary_only: bool = False, check: bool = False) -> Iterator[Any]:
+def open_model(
+    gguf: Path, *, llama: LlamaCpp, vocabulary_only: bool = False, check: bool = False, mapped: bool = False
+) -> Iterator[Any]:
     """A `llama_model *` on the processor for the length of a `with` block. Raises ModelError.
 
-    `check` has llama.cpp look at every weight for NaN and infinity.
+    `check` has llama.cpp look at every weight for NaN and infinity; `mapped` has it compute on the file's own pages.
     """
     lib = bindings(llama)
     params = lib.llama_model_default_params()
     params.n_gpu_layers = 0
     params.vocab_only = vocabulary_only
     params.check_tensors = check
+    if mapped:
+        params.load_mode, params.use_extra_bufts = lib.LLAMA_LOAD_MODE_MMAP, False
     _errors.clear()
     model = lib.llama_model_load_from_file(str(gguf).encode(), params)
     if not model:
