@@ -68,8 +68,8 @@ def _sentencepiece(size: int) -> bytes:
     return model.getvalue()
 
 
-def _tokenizer(model: bytes) -> Any:
-    """The same tokenizer for Transformers: pieces merge in the order of their scores."""
+def tokenizer_of(model: bytes, template: str) -> Any:
+    """A SentencePiece model's tokenizer for Transformers: pieces merge in the order of their scores."""
     import sentencepiece
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
     from transformers import PreTrainedTokenizerFast
@@ -97,7 +97,7 @@ def _tokenizer(model: bytes) -> Any:
         bos_token=SPECIAL[1],
         eos_token=SPECIAL[2],
         pad_token=SPECIAL[3],
-        chat_template=CHAT_TEMPLATE,
+        chat_template=template,
         clean_up_tokenization_spaces=False,
         model_max_length=1024,
         add_prefix_space=False,
@@ -124,7 +124,7 @@ def make_tiny_checkpoint(
 
     path.mkdir(parents=True, exist_ok=True)
     proto = _sentencepiece(min(vocabulary, TOKENIZER_SIZE))
-    tokenizer = _tokenizer(proto)
+    tokenizer = tokenizer_of(proto, CHAT_TEMPLATE)
     tokenizer.save_pretrained(path)
     (path / "tokenizer.model").write_bytes(proto)
     # Transformers 5 does not write these keys, and llama.cpp adds bos where they are missing.

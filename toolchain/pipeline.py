@@ -19,6 +19,7 @@ from toolchain.evaluate.gates import GateLimits, check_gates
 from toolchain.recipe import (
     Bench,
     Capture,
+    Card,
     Compare,
     Data,
     Distill,
@@ -153,6 +154,9 @@ class CompareSettings(Settings):
 
 class ConvertSettings(Settings):
     name: str
+    version: str
+    card: Card
+    max_kl: float
     cmake: dict[str, str | bool]
 
 
@@ -176,6 +180,7 @@ class BundleStageSettings(Settings):
     name: str
     version: str
     context: int
+    system: str | None
     target: TargetProfile
     gates: GateLimits
     lineage: dict[str, str] = Field(default_factory=dict)
@@ -389,7 +394,16 @@ def _convert(settings: ConvertSettings, inputs: Inputs, out: Path, report: Repor
     from toolchain.gguf import convert, llama_cpp
 
     llama = llama_cpp.find(settings.cmake)
-    return convert.run(model=inputs["model"], name=settings.name, llama=llama, out=out, report=report)
+    return convert.run(
+        settings.card,
+        model=inputs["model"],
+        name=settings.name,
+        version=settings.version,
+        max_kl=settings.max_kl,
+        llama=llama,
+        out=out,
+        report=report,
+    )
 
 
 def _imatrix(settings: ImatrixSettings, inputs: Inputs, out: Path, report: Reporter) -> Metrics:
@@ -400,6 +414,7 @@ def _imatrix(settings: ImatrixSettings, inputs: Inputs, out: Path, report: Repor
         gguf=inputs["gguf"],
         rows=inputs["rows"],
         tokenizer=inputs["tokenizer"],
+        given=inputs.get("given"),
         llama=llama_cpp.find(settings.cmake),
         out=out,
         report=report,
@@ -441,7 +456,9 @@ def _bundle(settings: BundleStageSettings, inputs: Inputs, out: Path, report: Re
     ]
     gates = [gate.as_dict() for gate in check_gates(ledger, settings.gates)]
     return build.run(
-        build.BundleSettings(name=settings.name, version=settings.version, context=settings.context),
+        build.BundleSettings(
+            name=settings.name, version=settings.version, context=settings.context, system=settings.system
+        ),
         target=settings.target,
         gguf=inputs["gguf"],
         quantize_facts=json.loads(inputs["quantize_facts"].read_text(encoding="utf-8")),
@@ -719,7 +736,13 @@ STAGES: tuple[Stage, ...] = (
         "convert",
         _convert,
         ConvertSettings,
-        settings=lambda recipe, _: ConvertSettings(name=recipe.name, cmake=host_cmake()),
+        settings=lambda recipe, _: ConvertSettings(
+            name=recipe.name,
+            version=recipe.version,
+            card=recipe.card,
+            max_kl=recipe.convert.max_kl,
+            cmake=host_cmake(),
+        ),
         inputs=lambda recipe: {"model": Made("merge", CHECKPOINT)},
         uses_llama_cpp=lambda _: True,
     ),
@@ -728,11 +751,12 @@ STAGES: tuple[Stage, ...] = (
         _imatrix,
         ImatrixSettings,
         settings=lambda recipe, _: ImatrixSettings(imatrix=recipe.imatrix, cmake=host_cmake()),
-        inputs=lambda recipe: {
-            "gguf": Made("convert", "model-f16.gguf"),
-            "rows": Made("select", "train.jsonl"),
-            "tokenizer": TokenizerOf("merge"),
-        },
+        inputs=lambda recipe: _given(
+            gguf=Made("convert", "model-f16.gguf"),
+            rows=Made("select", "train.jsonl"),
+            tokenizer=TokenizerOf("merge"),
+            given=recipe.imatrix.file,
+        ),
         uses_llama_cpp=lambda _: True,
     ),
     Stage(
@@ -774,6 +798,7 @@ STAGES: tuple[Stage, ...] = (
             name=recipe.name,
             version=recipe.version,
             context=recipe.bundle.context,
+            system=recipe.data.system,
             target=_target(target),
             gates=gate_limits(recipe),
         ),

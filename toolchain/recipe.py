@@ -15,6 +15,7 @@ TensorType = Literal[
 PositiveFloat = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+HubName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -284,11 +285,33 @@ class Merge(Settings):
     """Gate: mean KL(adapter ‖ merged) on the held-out answers."""
 
 
+class Card(Settings):
+    """What the model says of itself: general.* keys of its GGUF. What is left out is not written, and not guessed."""
+
+    title: str | None = None
+    """general.name; left out: the recipe's name."""
+    author: str | None = None
+    organization: str | None = None
+    description: str | None = None
+    url: str | None = None
+    license: str | None = None
+    """SPDX identifier, in small letters as model hubs write it: "apache-2.0"."""
+    license_name: str | None = None
+    license_link: str | None = None
+    languages: tuple[str, ...] = ()
+    """ISO 639-1: "en"."""
+    tags: tuple[str, ...] = ()
+    base_models: tuple[HubName, ...] = ()
+    """What the student was made from, as "organization/name"."""
+    datasets: tuple[HubName, ...] = ()
+    quantized_by: str | None = None
+
+
 class Convert(Settings):
     """Merged checkpoint → 16-bit GGUF."""
 
     max_kl: PositiveFloat = 1e-3
-    """Gate: mean KL(merged ‖ 16-bit GGUF) on the held-out answers."""
+    """Gate: mean KL(merged ‖ 16-bit GGUF), on probe texts at once and on the held-out answers in `evaluate`."""
 
 
 class Imatrix(Settings):
@@ -296,6 +319,9 @@ class Imatrix(Settings):
 
     context: int = Field(512, ge=64)
     max_chunks: int | None = Field(100, ge=1)
+    """Most contexts of text; left out: all training rows."""
+    file: ExistingPath | None = None
+    """A matrix of llama-imatrix (GGUF) to take instead, of the same model."""
 
 
 class Quantize(Settings):
@@ -305,8 +331,8 @@ class Quantize(Settings):
     allocation: Literal["stock", "error-aware"] = "stock"
     """"stock": llama-quantize decides which tensor gets which type. "error-aware": it is searched for, within the same
     bytes, by what the model loses; the result is taken where it loses less on the held-out answers, beyond doubt."""
-    types: tuple[TensorType, ...] = ("Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL", "Q5_0", "Q5_1")
-    """What "error-aware" may choose from; each has fast kernels on x86 and on ARM. Q4_0 and Q4_1 are not among them."""
+    types: tuple[TensorType, ...] = ("Q3_K", "IQ4_XS", "IQ4_NL", "Q4_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0")
+    """What "error-aware" may choose from, as far as the whole is no slower than stock; Q4_0 and Q4_1 are left out."""
     target_bytes: int | None = Field(None, ge=1)
     """Most bytes of all tensors, where "error-aware" is to come out smaller (or larger) than `file_type` would."""
     target_bits: float | None = Field(None, gt=2, le=16)
@@ -390,6 +416,7 @@ class Recipe(Settings):
     distill: Distill = Distill()
     on_policy: OnPolicy = OnPolicy()
     merge: Merge = Merge()
+    card: Card = Card()
     convert: Convert = Convert()
     imatrix: Imatrix = Imatrix()
     quantize: Quantize = Quantize()

@@ -27,6 +27,11 @@ def write(pipeline: Pipeline) -> tuple[str, Path, Path]:
     write_atomic(as_data, json.dumps(data, indent=1) + "\n")
     text = render(data)
     write_atomic(markdown, text)
+    allocation = data["ledger"]["quantization"]["allocation"]
+    if "held_out" in allocation:
+        from toolchain.evaluate import pictures
+
+        pictures.write(allocation, folder)
     return text, markdown, as_data
 
 
@@ -168,7 +173,35 @@ def _quantization(facts: dict[str, Any]) -> str:
             kinds[change] = kinds.get(change, 0) + 1
         listed = ", ".join(f"{count} × {change}" for change, count in sorted(kinds.items()))
         text += f" Fell back to another type, since their rows are not divisible by 256: {listed}."
-    return text
+    allocation = facts["allocation"]
+    return text + _error_aware(allocation) if "held_out" in allocation else text
+
+
+def _error_aware(allocation: dict[str, Any]) -> str:
+    held_out = allocation["held_out"]
+    change, search = held_out["change"], allocation["search"]
+    taken = "The error-aware file is the one that is shipped" if allocation["taken"] else "Stock is shipped"
+    interval = "" if change["low"] is None else f" [{change['low']:+.5f}, {change['high']:+.5f}]"
+    head = ("form", "MB", "bits per weight", "KL to 16-bit", "99th percentile", "same top", "perplexity")
+    rows = [
+        (
+            name,
+            f"{form['file_bytes'] / 1e6:.2f}",
+            f"{form['bits_per_weight']:.3f}",
+            f"{form['kl']:.5f}",
+            f"{form['kl_p99']:.4f}",
+            f"{form['same_top']:.2%}",
+            f"{form['perplexity']:.4f}",
+        )
+        for name, form in held_out["forms"].items()
+    ]
+    text = (
+        f"{taken}: KL to 16-bit {change['difference']:+.5f}{interval} against stock with the same importance matrix "
+        f"({change['share']:+.1%}), {held_out['rows']} held-out rows, {held_out['answer_tokens']} tokens, in nats per "
+        f"token. {search['trials']} whole plans were measured. plan.txt names every tensor's type; pictures lie beside "
+        "this report."
+    )
+    return f"\n\n{text}\n\n{_markdown((head, rows))}"
 
 
 def _smoke(smoke: dict[str, Any]) -> str:

@@ -45,6 +45,19 @@ _OPTIONAL = {
     "student.keep_layers": "[0, 1, 2, 3]",
     "data.system": '"Answer briefly."',
     "capture.temperatures": "[1.0, 2.0, 4.0]",
+    "card.title": '"Demo 135M"',
+    "card.author": '"A. Author"',
+    "card.organization": '"Example"',
+    "card.description": '"Answers questions about the command line."',
+    "card.url": '"https://example.org/demo"',
+    "card.license": '"apache-2.0"',
+    "card.license_name": '"Example licence"',
+    "card.license_link": '"https://example.org/licence"',
+    "card.quantized_by": '"Example"',
+    "imatrix.file": '"models/imatrix.gguf"',
+    "quantize.target_bytes": "100000000",
+    "quantize.target_bits": "4.5",
+    "quantize.plan": '"plan.txt"',
 }
 
 

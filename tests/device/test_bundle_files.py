@@ -100,7 +100,7 @@ def test_the_manifest_tells_what_the_model_is_and_names_no_place_on_this_machine
     folder = make()
     manifest = json.loads((folder / "manifest.json").read_text())
     model = manifest["model"]
-    assert model["file"] == "model/tiny-F32.gguf"
+    assert model["file"] == "model/tiny-v1.0-F32.gguf"
     assert model["bits_per_weight"] == 32
     assert model["tensor_types"] == {"F32": 12}
     assert model["eos"] == {"id": tiny_chat.token_id("<|fin|>"), "text": "<|fin|>"}
@@ -124,12 +124,12 @@ def _append(folder: Path) -> str:
 
 
 def _same_size(folder: Path) -> str:
-    path = folder / "model" / "tiny-F32.gguf"
+    path = folder / "model" / "tiny-v1.0-F32.gguf"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.unlink()  # it may be a hard link to the source
     path.write_bytes(content)
-    return "model/tiny-F32.gguf: changed: SHA-256 differs"
+    return "model/tiny-v1.0-F32.gguf: changed: SHA-256 differs"
 
 
 def _missing(folder: Path) -> str:

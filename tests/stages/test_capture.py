@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.stages.gguf_files import to_gguf
 from tests.tiny import make_tiny_checkpoint
 from toolchain.data.rows import Message, Row, read_rows, write_rows
 from toolchain.errors import ArtifactError, HostError, ModelError, RecipeError
@@ -381,13 +382,13 @@ def test_the_gradient_of_sampled_forward_kl_is_right_on_average(made: dict[str, 
 
 @pytest.mark.llama_cpp
 def test_a_gguf_teacher_is_captured_through_llama_cpp(made: dict[str, Path], tmp_path: Path) -> None:
-    from toolchain.gguf import convert, llama_cpp
+    from toolchain.gguf import llama_cpp
     from toolchain.pipeline import host_cmake
     from toolchain.teacher.logit_cache import Reader
 
     llama = llama_cpp.find(host_cmake())
     (tmp_path / "convert").mkdir()
-    convert.run(model=made["teacher"], name="tiny", llama=llama, out=tmp_path / "convert", report=Silent())
+    to_gguf(made["teacher"], tmp_path / "convert", llama)
     gguf = tmp_path / "convert" / "model-f16.gguf"
     bare = tmp_path / "bare"
     shutil.copytree(made["teacher"], bare, ignore=shutil.ignore_patterns("*.safetensors"))

@@ -13,17 +13,17 @@ pytest.importorskip("gguf")
 import numpy as np
 from gguf import GGUFReader
 
+from tests.stages.gguf_files import to_gguf
 from tests.tiny import make_tiny_checkpoint
 from toolchain import errors
 from toolchain.data.rows import Row, write_rows
-from toolchain.gguf import convert, imatrix, llama_cpp, quantize, score, search
+from toolchain.gguf import convert, imatrix, quantize, score, search
 from toolchain.gguf.ggml import Quantizer, read_importance
 from toolchain.gguf.header import read_facts
 from toolchain.gguf.llama_cpp import LlamaCpp
 from toolchain.gguf.overlay import Divergence, open_overlay
 from toolchain.recipe import Imatrix, Quantize
 from toolchain.reporter import Silent
-from toolchain.target import read_target
 
 pytestmark = [pytest.mark.stages, pytest.mark.llama_cpp]
 
@@ -31,19 +31,11 @@ ASKED = Quantize(allocation="error-aware", search_tokens=128, search_trials=6)
 
 
 @pytest.fixture(scope="module")
-def llama() -> LlamaCpp:
-    try:
-        return llama_cpp.find(read_target("x86-cpu").runtime.cmake)
-    except errors.HostError as error:
-        pytest.skip(error.message)
-
-
-@pytest.fixture(scope="module")
 def made(llama: LlamaCpp, tmp_path_factory: pytest.TempPathFactory) -> quantize.Inputs:
     """A 16-bit GGUF whose rows are 256 and 512 wide, rows to train on and held out, and the importance matrix."""
     root = tmp_path_factory.mktemp("error-aware")
     model = make_tiny_checkpoint(root / "model", hidden=256, layers=3, vocabulary=520)
-    convert.run(model=model, name="tiny", llama=llama, out=root, report=Silent())
+    to_gguf(model, root, llama)
     random = np.random.default_rng(0)
     rows = [
         Row(str(at), (), "", tuple(map(int, ids[:12])), tuple(map(int, ids[12:])), "length")
@@ -138,13 +130,19 @@ def test_the_search_loses_less_than_stock_in_no_more_bytes(done: Path, made: qua
     allocation = record["allocation"]
     assert allocation["taken"]
     assert allocation["held_out"]["change"]["high"] < 0
-    assert allocation["held_out"]["error-aware"]["kl"] < allocation["held_out"]["stock"]["kl"]
-    assert record["file_bytes"] == (done / quantize.OUTPUT).stat().st_size <= allocation["stock"]["file_bytes"]
+    forms = allocation["held_out"]["forms"]
+    assert list(forms) == ["16-bit", "stock, no matrix", "stock", "error-aware"]
+    assert forms["error-aware"]["kl"] < forms["stock"]["kl"]
+    assert forms["16-bit"]["kl"] == 0
+    assert forms["16-bit"]["same_top"] == 1
+    assert forms["error-aware"]["kl"] < forms["error-aware"]["kl_p99"]
+    assert forms["stock, no matrix"]["file_bytes"] < forms["stock"]["file_bytes"]  # the matrix's name is in the other
+    assert record["file_bytes"] == (done / quantize.OUTPUT).stat().st_size <= forms["stock"]["file_bytes"]
     assert sorted(path.name for path in done.iterdir() if path.is_file()) == sorted(
         [quantize.OUTPUT, quantize.RECORD, quantize.PLAN]
     )
     facts = read_facts(done / quantize.OUTPUT)
-    assert {tensor.name: tensor.type for tensor in facts.tensors if tensor.type != "F32"} == allocation["plan"]["types"]
+    assert {tensor.name: tensor.type for tensor in facts.tensors if tensor.type != "F32"} == allocation["plan_types"]
     # Sensitive is what the search says, not what stock takes it to be.
     assert all(kl >= 0 for kl in allocation["search"]["sensitivity"].values())
 
@@ -213,8 +211,8 @@ def test_a_target_that_cannot_be_met_is_refused(
 
 def test_widths_that_no_block_of_256_divides_get_types_of_32() -> None:
     kinds = Quantize().types
-    assert search.usable_kinds(576, kinds, "Q5_0") == ("Q8_0", "IQ4_NL", "Q5_0", "Q5_1")
-    assert set(search.usable_kinds(512, kinds, "Q4_K")) == {"Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0"}
+    assert search.usable_kinds(576, kinds, "Q5_0") == ("IQ4_NL", "Q5_0", "Q5_1", "Q8_0")
+    assert set(search.usable_kinds(512, kinds, "Q4_K")) == set(kinds) - {"Q5_0", "Q5_1"}
     assert search.usable_kinds(40, kinds, "F16") == ("F16",)
 
 

@@ -10,30 +10,21 @@ pytest.importorskip("torch")
 
 import torch
 
+from tests.stages.gguf_files import to_gguf
 from tests.tiny import make_tiny_checkpoint
-from toolchain import errors
 from toolchain.data.rows import Row, write_rows
 from toolchain.evaluate import ledger
 from toolchain.evaluate.gates import GateLimits, check_gates, failed_gates
-from toolchain.gguf import convert, llama_cpp
+from toolchain.gguf import convert
 from toolchain.gguf.llama_cpp import LlamaCpp
 from toolchain.recipe import Merge
 from toolchain.reporter import Silent
 from toolchain.student import load, merge, vocabulary
-from toolchain.target import read_target
 
 pytestmark = [pytest.mark.stages, pytest.mark.llama_cpp]
 
 QUESTIONS = ("What does ls do?", "How do I copy a file?", "Which command ends a process?", "What is a branch?")
 FORMS = ["student before", "student after", "merged", "GGUF 16-bit", "GGUF F16"]
-
-
-@pytest.fixture(scope="module")
-def llama() -> LlamaCpp:
-    try:
-        return llama_cpp.find(read_target("x86-cpu").runtime.cmake)
-    except errors.HostError as error:
-        pytest.skip(error.message)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +48,7 @@ def made(llama: LlamaCpp, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     )
     for name, model in (("gguf", merged), ("gguf_teacher", teacher)):
         (root / name).mkdir()
-        convert.run(model=model, name="tiny", llama=llama, out=root / name, report=Silent())
+        to_gguf(model, root / name, llama)
     (root / "quantize.json").write_text('{"file_type": "F16"}')
     vocabulary.run(method="logits", on_policy=False, teacher=teacher, student=student, out=root)
     return {

@@ -20,16 +20,15 @@ pytest.importorskip("torch")
 
 import torch
 
+from tests.stages.gguf_files import to_gguf
 from tests.tiny import make_tiny_checkpoint
 from toolchain import errors
 from toolchain.data.answers import Answered, read_answers
 from toolchain.data.rows import Message
 from toolchain.errors import DataError, HostError, ModelError
-from toolchain.gguf import llama_cpp
 from toolchain.gguf.llama_cpp import LlamaCpp
 from toolchain.recipe import Data, Endpoint, Generate, SpecialTokens, Teacher
 from toolchain.reporter import Silent
-from toolchain.target import read_target
 from toolchain.teacher import decode, generate, gguf_decode
 from toolchain.teacher.journal import Prompt
 
@@ -319,19 +318,11 @@ def test_a_template_that_refuses_a_turn_names_the_row(teacher: Path, files: dict
 
 
 @pytest.fixture(scope="module")
-def llama() -> LlamaCpp:
-    try:
-        return llama_cpp.find(read_target("x86-cpu").runtime.cmake)
-    except errors.HostError as error:
-        pytest.skip(error.message)
-
-
-@pytest.fixture(scope="module")
 def gguf(teacher: Path, llama: LlamaCpp, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from toolchain.gguf import convert
 
     out = tmp_path_factory.mktemp("convert")
-    convert.run(model=teacher, name="tiny", llama=llama, out=out, report=Silent())
+    to_gguf(teacher, out, llama)
     return out / convert.OUTPUT
 
 

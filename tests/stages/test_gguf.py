@@ -13,28 +13,22 @@ pytest.importorskip("gguf")
 
 import numpy as np
 import numpy.typing as npt
+from gguf import GGUFReader
 
-from tests.tiny import make_tiny_checkpoint
+from tests.stages.gguf_files import to_gguf
+from tests.tiny import give_byte_level_tokenizer, make_tiny_checkpoint
 from toolchain import errors
 from toolchain.data.rows import Row, write_rows
-from toolchain.gguf import convert, imatrix, llama_cpp, quantize, score
+from toolchain.gguf import convert, imatrix, quantize, score
+from toolchain.gguf.ggml import read_importance
 from toolchain.gguf.header import read_facts, read_metadata
 from toolchain.gguf.llama_cpp import LlamaCpp
-from toolchain.recipe import Imatrix, Quantize
+from toolchain.recipe import Card, Imatrix, Quantize
 from toolchain.reporter import Silent
-from toolchain.target import read_target
 
 pytestmark = [pytest.mark.stages, pytest.mark.llama_cpp]
 
 NAME = "tiny-7b-instruct"
-
-
-@pytest.fixture(scope="module")
-def llama() -> LlamaCpp:
-    try:
-        return llama_cpp.find(read_target("x86-cpu").runtime.cmake)
-    except errors.HostError as error:
-        pytest.skip(error.message)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +40,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def converted(checkpoint: Path, llama: LlamaCpp, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("convert")
-    convert.run(model=checkpoint, name=NAME, llama=llama, out=out, report=Silent())
+    to_gguf(checkpoint, out, llama, name=NAME)
     return out / convert.OUTPUT
 
 
@@ -72,6 +66,7 @@ def matrix(
 
 
 def make_matrix(gguf: Path, checkpoint: Path, rows: Sequence[Row], llama: LlamaCpp, out: Path) -> Path:
+    out.mkdir(exist_ok=True)
     write_rows(out / "train.jsonl", rows)
     metrics = imatrix.run(
         Imatrix(context=64),
@@ -135,7 +130,7 @@ def test_the_gguf_is_the_same_each_time_and_names_no_folder(
     checkpoint: Path, converted: Path, llama: LlamaCpp, tmp_path: Path
 ) -> None:
     moved = shutil.copytree(checkpoint, tmp_path / "mistral-9b-chat-v0.3")
-    metrics = convert.run(model=moved, name=NAME, llama=llama, out=tmp_path, report=Silent())
+    metrics = to_gguf(moved, tmp_path, llama, name=NAME)
     again = tmp_path / convert.OUTPUT
     assert again.read_bytes() == converted.read_bytes()
     assert metrics["tokenizer_probes"] > 2 * len(convert.PROBES)
@@ -147,12 +142,74 @@ def test_the_gguf_is_the_same_each_time_and_names_no_folder(
     assert facts.vocabulary_size == 520
 
 
+def test_the_gguf_says_of_itself_what_the_recipe_says_and_nothing_else(
+    checkpoint: Path, converted: Path, llama: LlamaCpp, tmp_path: Path
+) -> None:
+    card = Card(
+        title="Tiny Talker",
+        author="A. Author",
+        license="apache-2.0",
+        languages=("en", "no"),
+        base_models=("org/base-1B",),
+        quantized_by="us",
+    )
+    to_gguf(checkpoint, tmp_path, llama, name="talker", card=card)
+    found = {key: value for key, value in read_metadata(tmp_path / convert.OUTPUT).items() if "general." in key}
+    assert found.pop("general.source.uuid")[14] == "8"
+    assert {key: found[key] for key in sorted(found)} == {
+        "general.architecture": "llama",
+        "general.author": "A. Author",
+        "general.base_model.0.name": "base-1B",
+        "general.base_model.0.organization": "org",
+        "general.base_model.0.repo_url": "https://huggingface.co/org/base-1B",
+        "general.base_model.count": 1,
+        "general.basename": "talker",
+        "general.file_type": 1,
+        "general.license": "apache-2.0",
+        "general.name": "Tiny Talker",
+        "general.quantization_version": 2,
+        "general.quantized_by": "us",
+        "general.size_label": "1.3M",
+        "general.type": "model",
+        "general.version": "v0.1.0",
+    }
+    plain = read_metadata(converted)
+    assert "general.license" not in plain
+    assert plain["general.source.uuid"] == read_metadata(tmp_path / convert.OUTPUT)["general.source.uuid"]
+
+
+def test_logits_that_come_out_different_stop_the_run_and_the_furthest_place_is_shown(
+    checkpoint: Path, llama: LlamaCpp, tmp_path: Path
+) -> None:
+    """llama.cpp and Transformers part over a scaling of positions that only one of them is told of."""
+    other = shutil.copytree(checkpoint, tmp_path / "model")
+    (tmp_path / "one").mkdir()
+    (tmp_path / "other").mkdir()
+    to_gguf(checkpoint, tmp_path / "one", llama)
+    raw = json.loads((other / "config.json").read_text())
+    raw["rope_parameters"] = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    (other / "config.json").write_text(json.dumps(raw))
+    texts = ["How do I copy a file to another machine? Use scp."]
+    with pytest.raises(errors.GateError, match=r"(?s)mean KL .*furthest after '.*': KL .*likeliest '") as caught:
+        convert.check_logits(
+            tmp_path / "one" / convert.OUTPUT, texts, model=other, max_kl=1e-3, llama=llama, report=Silent()
+        )
+    assert "convert.max_kl is 1.00e-03" in caught.value.message.replace("\n", " ")
+
+
+def test_a_tokenizer_that_llama_cpp_does_not_know_stops_the_run(llama: LlamaCpp, tmp_path: Path) -> None:
+    model = give_byte_level_tokenizer(make_tiny_checkpoint(tmp_path / "model"))
+    with pytest.raises(errors.ModelError, match="does not know how this tokenizer splits text"):
+        to_gguf(model, tmp_path, llama)
+    assert not (tmp_path / convert.OUTPUT).exists()
+
+
 def test_a_tokenizer_that_comes_out_different_stops_the_run(llama: LlamaCpp, tmp_path: Path) -> None:
     # Without its scores llama.cpp merges from left to right, and not in the order that was learned.
     broken = make_tiny_checkpoint(tmp_path / "model")
     (broken / "tokenizer.model").unlink()
     with pytest.raises(errors.ModelError, match=r"tokenizer differs from the checkpoint's on (?s:.*)llama\.cpp: … \["):
-        convert.run(model=broken, name=NAME, llama=llama, out=tmp_path, report=Silent())
+        to_gguf(broken, tmp_path, llama, name=NAME)
 
 
 def test_an_end_of_answer_that_llama_cpp_does_not_know_stops_the_run(
@@ -161,7 +218,7 @@ def test_an_end_of_answer_that_llama_cpp_does_not_know_stops_the_run(
     broken = shutil.copytree(checkpoint, tmp_path / "model")
     (broken / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 300]}))
     with pytest.raises(errors.ModelError, match="ends an answer at token 300"):
-        convert.run(model=broken, name=NAME, llama=llama, out=tmp_path, report=Silent())
+        to_gguf(broken, tmp_path, llama, name=NAME)
 
 
 def test_a_weight_beyond_float16_stops_the_run(llama: LlamaCpp, tmp_path: Path) -> None:
@@ -172,7 +229,7 @@ def test_a_weight_beyond_float16_stops_the_run(llama: LlamaCpp, tmp_path: Path) 
     weights["model.layers.0.mlp.up_proj.weight"][0, 0] = 1e6
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(errors.ModelError, match=r"cannot load it: .*invalid data"):
-        convert.run(model=model, name=NAME, llama=llama, out=tmp_path, report=Silent())
+        to_gguf(model, tmp_path, llama, name=NAME)
 
 
 def test_the_importance_matrix_is_the_same_each_time_and_special_tokens_are_read_as_such(
@@ -185,6 +242,50 @@ def test_the_importance_matrix_is_the_same_each_time_and_special_tokens_are_read
     assert text.startswith("<|im_start|>user\nHow do I copy file 0")
     with score.open_vocabulary(converted, llama=llama) as vocabulary:
         assert vocabulary.encode(text, add_special=False)[: len(rows[0].token_ids)] == list(rows[0].token_ids)
+
+
+def test_a_matrix_whose_parts_were_done_before_a_kill_is_the_same(
+    converted: Path,
+    checkpoint: Path,
+    rows: list[Row],
+    llama: LlamaCpp,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(imatrix, "_PART_CHUNKS", 2)
+    make_matrix(converted, checkpoint, rows, llama, tmp_path)
+    parts = sorted(path.name for path in (tmp_path / "resume").glob("part-*.gguf"))
+    assert len(parts) > 2
+    again = tmp_path / "again"
+    shutil.copytree(tmp_path / "resume", again / "resume")
+    (again / "resume" / parts[-1]).unlink()
+    kept = (again / "resume" / parts[0]).stat().st_mtime_ns
+    make_matrix(converted, checkpoint, rows, llama, again)
+    assert (again / "resume" / parts[0]).stat().st_mtime_ns == kept
+    assert (again / imatrix.OUTPUT).read_bytes() == (tmp_path / imatrix.OUTPUT).read_bytes()
+    # It is what the parts have seen, added up.
+    seen = [{tensor.name: tensor.data for tensor in GGUFReader(tmp_path / "resume" / part).tensors} for part in parts]
+    for name, found in read_importance(tmp_path / imatrix.OUTPUT).items():
+        sums, counts = (sum(part[f"{name}.{kind}"] for part in seen) for kind in ("in_sum2", "counts"))
+        assert np.allclose(found, (sums / counts).reshape(-1), rtol=1e-5)
+
+
+def test_a_matrix_that_is_given_is_taken_if_it_is_of_this_model(
+    converted: Path, checkpoint: Path, rows: list[Row], matrix: Path, llama: LlamaCpp, tmp_path: Path
+) -> None:
+    def take(gguf: Path, out: Path) -> None:
+        out.mkdir(exist_ok=True)
+        imatrix.run(
+            Imatrix(), gguf=gguf, rows=Path(), tokenizer=Path(), given=matrix, llama=llama, out=out, report=Silent()
+        )
+
+    take(converted, tmp_path / "own")
+    assert (tmp_path / "own" / imatrix.OUTPUT).read_bytes() == matrix.read_bytes()
+    other = make_tiny_checkpoint(tmp_path / "model", hidden=64)
+    to_gguf(other, tmp_path, llama)
+    with pytest.raises(errors.ModelError, match=r"of another model: 256 columns for [\w.]+, which has 64"):
+        take(tmp_path / convert.OUTPUT, tmp_path / "other")
+    assert not (tmp_path / "other" / imatrix.OUTPUT).exists()
 
 
 def run_quantize(gguf: Path, imatrix: Path, llama: LlamaCpp, out: Path) -> dict[str, Any]:
@@ -210,7 +311,7 @@ def test_a_narrow_model_falls_back_and_every_tensor_that_did_is_named(
     rows: list[Row], llama: LlamaCpp, tmp_path: Path
 ) -> None:
     model = make_tiny_checkpoint(tmp_path / "model", hidden=64)
-    convert.run(model=model, name=NAME, llama=llama, out=tmp_path, report=Silent())
+    to_gguf(model, tmp_path, llama, name=NAME)
     made = make_matrix(tmp_path / convert.OUTPUT, model, rows, llama, tmp_path)
     metrics = run_quantize(tmp_path / convert.OUTPUT, made, llama, tmp_path)
     facts = read_facts(tmp_path / quantize.OUTPUT)
@@ -235,9 +336,9 @@ def test_a_matrix_of_another_model_leaves_nothing_that_looks_finished(
 ) -> None:
     other = make_tiny_checkpoint(tmp_path / "model", hidden=64)
     (tmp_path / "other").mkdir()
-    convert.run(model=other, name=NAME, llama=llama, out=tmp_path / "other", report=Silent())
+    to_gguf(other, tmp_path / "other", llama, name=NAME)
     foreign = make_matrix(tmp_path / "other" / convert.OUTPUT, other, rows, llama, tmp_path)
-    with pytest.raises(errors.ExternalToolError, match="llama-quantize exited with"):
+    with pytest.raises(errors.ModelError, match="an importance matrix of another model"):
         run_quantize(converted, foreign, llama, tmp_path)
     assert not (tmp_path / quantize.OUTPUT).exists()
     assert not (tmp_path / quantize.RECORD).exists()

@@ -1,11 +1,6 @@
-"""Verdicts on published tokenizers: Llama 2 and 3, Phi-3 and Qwen2, as the pinned llama.cpp carries them for its tests.
-
-Its source has them as GGUF files without weights (models/ggml-vocab-*.gguf), and chat templates beside them. The byte
-level ones are rebuilt by the code that unpacks a GGUF teacher; the SentencePiece ones here, from pieces and scores.
-"""
+"""Verdicts on published tokenizers: Llama 2 and 3, Phi-3 and Qwen2 (published.py)."""
 
 import json
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,87 +9,17 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from gguf import GGUFReader, TokenType
 
+from tests.stages.published import LLAMA_2, LLAMA_3, PHI_3, QWEN
 from toolchain.errors import ModelError
-from toolchain.gguf import llama_cpp
 from toolchain.student import vocabulary
-from toolchain.teacher import gguf_tokenizer
 
 pytestmark = [pytest.mark.stages, pytest.mark.llama_cpp]
 
-LLAMA_3, LLAMA_2, PHI_3, QWEN = "llama-bpe", "llama-spm", "phi-3", "qwen2"
-TEMPLATES = {
-    LLAMA_3: "meta-llama-Llama-3.1-8B-Instruct",
-    PHI_3: "microsoft-Phi-3.5-mini-instruct",
-    QWEN: "Qwen-Qwen2.5-7B-Instruct",
-}
 QWEN_3_5_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
     r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The vocabulary files and templates, out of llama.cpp's source."""
-    archive = llama_cpp.archive_path()
-    if not archive.is_file():
-        pytest.skip(f"{archive} is not there: `toolchain llama-cpp build` fetches it")
-    folder = tmp_path_factory.mktemp("published")
-    wanted = {f"ggml-vocab-{name}.gguf" for name in (LLAMA_3, LLAMA_2, PHI_3, QWEN)}
-    wanted |= {f"{name}.jinja" for name in TEMPLATES.values()}
-    with tarfile.open(archive) as source:
-        for member in source:
-            name = Path(member.name).name
-            if "/llama.cpp/models/" in member.name and name in wanted:
-                content = source.extractfile(member)
-                assert content is not None
-                (folder / name).write_bytes(content.read())
-    return folder
-
-
-@pytest.fixture(scope="module")
-def published(files: Path) -> Callable[[str], Path]:
-    """A checkpoint folder, without weights, with that tokenizer; made once."""
-
-    def make(name: str) -> Path:
-        folder = files / name
-        if not folder.exists():
-            path = files / f"ggml-vocab-{name}.gguf"
-            tokenizer: Any = gguf_tokenizer.read_bpe(path) or _sentencepiece(path)
-            if name in TEMPLATES:
-                tokenizer.chat_template = (files / f"{TEMPLATES[name]}.jinja").read_text()
-            tokenizer.save_pretrained(folder)
-            (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": len(tokenizer)}))
-        return folder
-
-    return make
-
-
-def _sentencepiece(path: Path) -> Any:
-    """BPE with byte fallback as Transformers makes it of a SentencePiece model: pieces merge by their scores."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
-    from transformers import PreTrainedTokenizerFast
-
-    fields = GGUFReader(path).fields
-    tokens, scores, types = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "scores", "token_type"))
-    ids = {token: number for number, token in enumerate(tokens) if types[number] != TokenType.UNUSED}
-    normal = [token for token, number in ids.items() if types[number] == TokenType.NORMAL]
-    merges = [
-        (token[:cut], token[cut:])
-        for token in sorted(normal, key=lambda token: -scores[ids[token]])
-        for cut in range(1, len(token))
-        if token[:cut] in ids and token[cut:] in ids
-    ]
-    core = Tokenizer(models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    special = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
-    core.add_special_tokens(
-        [AddedToken(token, normalized=False) for token, number in ids.items() if types[number] in special]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 def _changed(source: Path, folder: Path, *, rows: int, change: Callable[[dict[str, Any]], None]) -> Path:

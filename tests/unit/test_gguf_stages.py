@@ -115,10 +115,10 @@ def test_a_folder_with_no_checkpoint_is_refused(tmp_path: Path) -> None:
 
 
 def test_commands_say_what_is_asked_for() -> None:
-    argv = convert.convert_argv(Path("c.py"), Path("model"), Path("out.gguf"), name="demo")
-    assert argv[1:] == ["c.py", "model", "--outfile", "out.gguf", "--outtype", "f16", "--model-name", "demo"]
-    argv = imatrix.imatrix_argv(Path("llama-imatrix"), Path("m.gguf"), context=64, max_chunks=None, threads=2)
-    assert "--chunks" not in argv
+    argv = convert.convert_argv(Path("c.py"), Path("model"), Path("out.gguf"), metadata=Path("m.json"))
+    assert argv[1:] == ["c.py", "model", "--outfile", "out.gguf", "--outtype", "f16", "--metadata", "m.json"]
+    argv = imatrix.imatrix_argv(Path("llama-imatrix"), Path("m.gguf"), "t.txt", "o.gguf", context=64, threads=2)
+    assert argv[1:7] == ["-m", "m.gguf", "-f", "t.txt", "-o", "o.gguf"]
     assert {"--parse-special", "--no-escape"} <= set(argv)
     argv = quantize.quantize_argv(
         Path("llama-quantize"), Path("in.gguf"), Path("/out.gguf"), "Q4_K_M", "imatrix.gguf", plan=None, dry_run=True

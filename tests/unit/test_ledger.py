@@ -194,6 +194,7 @@ def a_report(fallbacks: list[dict[str, Any]], *, by_kl: bool = True, rows: int =
         seconds=1.0,
     )
     quantization = {"file_type": "Q4_K_M", "bits_per_weight": 6.334, "tensor_types": {"F32": 2}, "fallbacks": fallbacks}
+    quantization["allocation"] = {"kind": "stock"}
     return {
         "recipe": "tiny",
         "version": "1",

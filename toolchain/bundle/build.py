@@ -42,6 +42,8 @@ class BundleSettings(Settings):
     version: str = Field(pattern=r"^[0-9A-Za-z][0-9A-Za-z.+-]{0,31}$")
     context: int = Field(ge=128)
     """Tokens, of all slots together."""
+    system: str | None = None
+    """The system message that the student was trained with."""
 
 
 def run(
@@ -71,7 +73,7 @@ def run(
     _check_golden(golden, settings, target)
     folder = out / f"{settings.name}-{settings.version}-{target.name}"
     folder.mkdir()
-    model = f"model/{settings.name}-{facts.file_type}.gguf"
+    model = f"model/{file_name(settings, facts, gguf)}"
     with bar(report, "bundle", total=4, unit="step") as task:
         programs = runtime.collect(llama, target, folder / command.PROGRAMS)
         task.advance()
@@ -81,6 +83,7 @@ def run(
         _write_json(folder / layout.PRESETS, presets)
         _write_json(folder / layout.GOLDEN, golden)
         _copy_device(folder)
+        _write(folder / "Modelfile", _modelfile(facts, settings, model))
         _write_licences(folder / "LICENSES", llama)
         description: dict[str, Any] = {
             "schema_version": layout.SCHEMA_VERSION,
@@ -121,6 +124,33 @@ def run(
         "bits_per_weight": facts.bits_per_weight,
         "files": files,
     }
+
+
+def file_name(settings: BundleSettings, facts: "GgufFacts", gguf: Path) -> str:
+    """As the GGUF naming convention has it: name, size, version, type."""
+    from gguf.utility import naming_convention
+
+    from toolchain.gguf.header import read_metadata
+
+    size = read_metadata(gguf).get("general.size_label")
+    name: str = naming_convention(None, settings.name, None, f"v{settings.version}", size, facts.file_type)
+    return f"{name}.gguf"
+
+
+def _modelfile(facts: "GgufFacts", settings: BundleSettings, model: str) -> str:
+    from toolchain.bundle import modelfile
+
+    assert facts.chat_template is not None
+    assert facts.eos_token is not None
+    return modelfile.render(
+        model=model,
+        template=facts.chat_template,
+        bos=facts.bos_token,
+        eos=facts.eos_token,
+        stops=[facts.eos_token],
+        context=settings.context,
+        system=settings.system,
+    )
 
 
 def _check_model(facts: "GgufFacts", gguf: Path, settings: BundleSettings, target: TargetProfile) -> None:

@@ -19,11 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from toolchain import process
-from toolchain.data.rows import read_rows
+from toolchain.data.rows import Row, read_rows
 from toolchain.disk import require_free
 from toolchain.errors import ExternalToolError, RecipeError
 from toolchain.evaluate.bootstrap import paired_interval
-from toolchain.gguf import score, search
+from toolchain.gguf import imatrix, score, search
 from toolchain.gguf.ggml import read_importance
 from toolchain.gguf.header import GgufFacts, read_facts
 from toolchain.gguf.llama_cpp import LlamaCpp, physical_cores
@@ -34,6 +34,8 @@ from toolchain.reporter import Reporter, bar
 OUTPUT = "model.gguf"
 RECORD = "quantize.json"
 PLAN = "plan.txt"
+FULL, NO_MATRIX, STOCK, ERROR_AWARE = "16-bit", "stock, no matrix", "stock", "error-aware"
+Logprobs = npt.NDArray[np.float32]
 
 _FALLBACK = re.compile(
     r"warning: (\S+) +- ncols +(\d+) not divisible by +\d+ \(required for type +(\S+)\).*-> falling back to +(\S+)"
@@ -74,6 +76,8 @@ def run(settings: Quantize, inputs: Inputs, *, llama: LlamaCpp, out: Path, repor
     RecipeError for a plan or target that cannot be, ExternalToolError otherwise.
     """
     started = time.perf_counter()
+    # llama-quantize leaves out what it finds no entry for.
+    imatrix.check(read_importance(inputs.imatrix), read_facts(inputs.gguf), inputs.imatrix)
     quantizer = _LlamaQuantize(settings.file_type, inputs, llama, out, report)
     target = out / OUTPUT
     allocation: dict[str, Any] = {"kind": settings.allocation}
@@ -104,11 +108,11 @@ def _summary(record: Mapping[str, Any]) -> str:
     if "held_out" not in allocation:
         note = f"{len(record['fallbacks'])} of {record['tensors']} tensors of another type than asked for"
         return f"{record['file_type']}: {size}" + ("" if allocation["kind"] == "plan" else f", {note}")
-    held_out = allocation["held_out"]
+    forms, change = allocation["held_out"]["forms"], allocation["held_out"]["change"]
     taken = "error-aware" if allocation["taken"] else "stock kept: the gain is not beyond doubt"
     return (
-        f"{record['file_type']}, {taken}: {size}, KL to 16-bit {held_out['stock']['kl']:.4f} as stock, "
-        f"{held_out['error-aware']['kl']:.4f} error-aware ({held_out['change']['share']:+.1%})"
+        f"{record['file_type']}, {taken}: {size}, KL to 16-bit {forms[STOCK]['kl']:.4f} as stock, "
+        f"{forms[ERROR_AWARE]['kl']:.4f} error-aware ({change['share']:+.1%})"
     )
 
 
@@ -120,27 +124,27 @@ class _LlamaQuantize:
         self._file_type, self._inputs, self._out, self._report = file_type, inputs, out, report
         self._program, self._log = llama.program("llama-quantize"), out / "logs" / "quantize.log"
 
-    def write(self, target: Path, *, plan: Path | None = None, files: int = 1) -> list[str]:
+    def write(self, target: Path, *, plan: Path | None = None, matrix: bool = True, files: int = 1) -> list[str]:
         """Write `target` and hand back what the tool said; there must be room for as many `files` of its size."""
-        needed = self._foretell(target, plan) + _MARGIN_BYTES
+        needed = self._foretell(target, plan, matrix) + _MARGIN_BYTES
         require_free(self._out, files * needed, "the quantized model" if files == 1 else f"{files} quantized models")
         try:
-            return self._run(target, plan, label=f"quantizing to {self._file_type}")
+            return self._run(target, plan, matrix, label=f"quantizing to {self._file_type}")
         except (ExternalToolError, OSError):
             # llama-quantize does not say why it cannot write, and on a full disk its log cannot be written either.
             target.unlink(missing_ok=True)
             require_free(self._out, needed, "the quantized model")
             raise
 
-    def _foretell(self, target: Path, plan: Path | None) -> int:
-        found = _SIZE.search("\n".join(self._run(target, plan, dry_run=True, label="planning")))
+    def _foretell(self, target: Path, plan: Path | None, matrix: bool) -> int:
+        found = _SIZE.search("\n".join(self._run(target, plan, matrix, dry_run=True, label="planning")))
         if found is None:
             raise ExternalToolError("llama-quantize --dry-run tells no size", hint=f"full output: {self._log}")
         return int(float(found[1]) * 2**20)
 
-    def _run(self, target: Path, plan: Path | None, *, label: str, dry_run: bool = False) -> list[str]:
+    def _run(self, target: Path, plan: Path | None, matrix: bool, *, label: str, dry_run: bool = False) -> list[str]:
         lines: list[str] = []
-        imatrix = self._inputs.imatrix.resolve()
+        matrix_file = self._inputs.imatrix.resolve()
         with bar(self._report, label, total=len(self.source.tensors), unit="tensor") as task:
 
             def on_line(line: str) -> None:
@@ -153,23 +157,31 @@ class _LlamaQuantize:
                 self._inputs.gguf.resolve(),
                 target,
                 self._file_type,
-                imatrix.name,
+                matrix_file.name if matrix else None,
                 plan=plan,
                 dry_run=dry_run,
             )
             # The folder's name must not be in the file: llama-quantize records the matrix as it is called.
-            process.run(argv, log=self._log, cwd=imatrix.parent, on_line=on_line, hint=f"full output: {self._log}")
+            process.run(argv, log=self._log, cwd=matrix_file.parent, on_line=on_line, hint=f"full output: {self._log}")
         return lines
 
 
 def quantize_argv(
-    program: Path, source: Path, out: Path, file_type: FileType, imatrix: str, *, plan: Path | None, dry_run: bool
+    program: Path,
+    source: Path,
+    out: Path,
+    file_type: FileType,
+    matrix: str | None,
+    *,
+    plan: Path | None,
+    dry_run: bool,
 ) -> list[str]:
-    options = ["--dry-run"] if dry_run else []
+    options = [] if matrix is None else ["--imatrix", matrix]
+    options += ["--dry-run"] if dry_run else []
     if plan is not None:
         options += ["--tensor-type-file", str(plan.absolute())]
     files = [str(source), str(out.absolute()), file_type, str(physical_cores())]
-    return [str(program), "--imatrix", imatrix, *options, *files]
+    return [str(program), *options, *files]
 
 
 # --- Error-aware allocation.
@@ -181,8 +193,8 @@ def _error_aware(
     """Write the better one of a searched plan and stock to OUTPUT; what was found, for the record."""
     assert inputs.train is not None
     assert inputs.held_out is not None
-    target, other = out / OUTPUT, out / "stock.gguf"
-    quantizer.write(other, files=2)
+    target, other, plain = out / OUTPUT, out / "stock.gguf", out / "no-matrix.gguf"
+    quantizer.write(other, files=3)
     stock = read_facts(other)
     types = {tensor.name: tensor.type for tensor in stock.tensors if tensor.type not in _UNQUANTIZED}
     shapes = {tensor.name: tensor for tensor in stock.tensors}
@@ -209,7 +221,10 @@ def _error_aware(
     unlike = [tensor for tensor in made.tensors if found.plan.get(tensor.name, tensor.type) != tensor.type]
     if unlike:
         raise ExternalToolError(f"llama-quantize gave {unlike[0].name} {unlike[0].type}, the plan says otherwise")
-    held_out = _held_out(inputs, {"stock": other, "error-aware": target}, llama, report)
+    quantizer.write(plain, matrix=False)
+    files = {FULL: inputs.gguf, NO_MATRIX: plain, STOCK: other, ERROR_AWARE: target}
+    held_out = _held_out(inputs, files, llama, report)
+    plain.unlink()
     resized = settings.target_bytes is not None or settings.target_bits is not None
     high = held_out["change"]["high"]
     taken = resized or (high is not None and high < 0 and made.file_bytes <= stock.file_bytes)
@@ -219,15 +234,14 @@ def _error_aware(
         other.replace(target)
     return {
         "taken": taken,
-        "stock": {"file_bytes": stock.file_bytes, "types": types},
-        "plan": {"file_bytes": made.file_bytes, "types": found.plan},
+        "stock_types": types,
+        "plan_types": found.plan,
         "held_out": held_out,
         "search": {
             "kl": found.kl,
             "stock_kl": found.stock_kl,
             "predicted_kl": found.predicted_kl,
             "trials": found.trials,
-            "kept": found.kept,
             "answer_tokens": found.tokens,
             "sensitivity": found.sensitivity,
         },
@@ -253,42 +267,55 @@ def _check_budget(settings: Quantize, budget: int, least: int) -> None:
 
 
 def _held_out(inputs: Inputs, files: Mapping[str, Path], llama: LlamaCpp, report: Reporter) -> dict[str, Any]:
-    """KL(16-bit ‖ each file) over the held-out answers as llama.cpp runs it, and its change with the interval."""
+    """What each file loses against the first over the held-out answers, as llama.cpp runs it, and what the last gains
+    on STOCK, with its interval."""
     assert inputs.held_out is not None
     rows = read_rows(inputs.held_out)
-    by_row: dict[str, list[float]] = {name: [] for name in files}
-    by_token: dict[str, list[npt.NDArray[np.float64]]] = {name: [] for name in files}
-    same = dict.fromkeys(files, 0)
-    scored = [score.answer_logprobs(path, rows, llama=llama) for path in (inputs.gguf, *files.values())]
+    sums = {name: _Sums() for name in files}
+    scored = [score.answer_logprobs(path, rows, llama=llama) for path in files.values()]
     with bar(report, "held-out answers", total=len(rows), unit="row") as task:
-        for reference, *others in zip(*scored, strict=True):
-            p = np.exp(reference)
-            for name, logprobs in zip(files, others, strict=True):
-                kl = (p * (reference - logprobs)).sum(-1, dtype=np.float64)
-                by_token[name].append(kl)
-                by_row[name].append(float(kl.mean()))
-                same[name] += int((reference.argmax(-1) == logprobs.argmax(-1)).sum())
+        for row, *logprobs in zip(rows, *scored, strict=True):
+            for name, found in zip(files, logprobs, strict=True):
+                sums[name].add(row, logprobs[0], found)
             task.advance()
     tokens = np.array([len(row.answer_ids) for row in rows])
-    figures: dict[str, Any] = {
-        name: {
-            "kl": float(np.concatenate(by_token[name]).mean()),
-            "kl_p99": float(np.quantile(np.concatenate(by_token[name]), 0.99)),
-            "same_top": same[name] / int(tokens.sum()),
-            "kl_by_row": by_row[name],
-        }
-        for name in files
-    }
-    first, second = files
-    interval = paired_interval(np.array(by_row[second]) - np.array(by_row[first]), tokens)
-    change = figures[second]["kl"] - figures[first]["kl"]
-    low, high = interval or (None, None)
+    before, after = (np.array([kl.mean() for kl in sums[name].kl]) for name in (STOCK, ERROR_AWARE))
+    low, high = paired_interval(after - before, tokens) or (None, None)
+    figures = {name: sums[name].figures(read_facts(path)) for name, path in files.items()}
+    change = figures[ERROR_AWARE]["kl"] - figures[STOCK]["kl"]
     return {
-        **figures,
-        "change": {"difference": change, "low": low, "high": high, "share": change / figures[first]["kl"]},
+        "forms": figures,
+        "change": {"difference": change, "low": low, "high": high, "share": change / figures[STOCK]["kl"]},
         "rows": len(rows),
         "answer_tokens": int(tokens.sum()),
     }
+
+
+class _Sums:
+    """One file's scores, row by row."""
+
+    def __init__(self) -> None:
+        self.kl: list[npt.NDArray[np.float64]] = []
+        """KL(16-bit ‖ this) at each position of a row, nats."""
+        self._same = 0
+        self._nll = 0.0
+
+    def add(self, row: Row, reference: Logprobs, found: Logprobs) -> None:
+        self.kl.append((np.exp(reference) * (reference - found)).sum(-1, dtype=np.float64))
+        self._same += int((reference.argmax(-1) == found.argmax(-1)).sum())
+        self._nll -= float(found[np.arange(len(found)), list(row.answer_ids)].sum(dtype=np.float64))
+
+    def figures(self, facts: GgufFacts) -> dict[str, Any]:
+        kl = np.concatenate(self.kl)
+        return {
+            "file_bytes": facts.file_bytes,
+            "bits_per_weight": facts.bits_per_weight,
+            "kl": float(kl.mean()),
+            "kl_p99": float(np.quantile(kl, 0.99)),
+            "same_top": self._same / len(kl),
+            "perplexity": float(np.exp(self._nll / len(kl))),
+            "kl_by_row": [float(row.mean()) for row in self.kl],
+        }
 
 
 def fallbacks_of(lines: Sequence[str], facts: GgufFacts, file_type: FileType) -> list[Fallback]:

@@ -123,6 +123,15 @@ class Vocabulary:
             raise ModelError(f"llama.cpp cannot tokenize {text[:80]!r} ({count})")
         return list(ids[:count])
 
+    def control_tokens(self) -> dict[int, str]:
+        """Ids that llama.cpp reads as one token wherever their text stands, and that text: a GGUF's control tokens, and
+        those of its vocabulary that look like one ("</s>"), whatever the GGUF says of them."""
+        found = {}
+        for token_id in range(self._lib.llama_vocab_n_tokens(self._vocab)):
+            if self._lib.llama_vocab_is_control(self._vocab, token_id):
+                found[token_id] = self._lib.llama_vocab_get_text(self._vocab, token_id).decode("utf-8", "replace")
+        return found
+
     def ends_generation(self, token_id: int) -> bool:
         """Whether llama.cpp stops an answer at this token."""
         return bool(self._lib.llama_vocab_is_eog(self._vocab, token_id))

@@ -3,15 +3,16 @@
 1. For every tensor and type: the squared error of its weights, each column weighed by the importance matrix.
 2. For every tensor: KL of the model to its 16-bit form with this tensor at 4 bits and the rest as it was. Its loss at
    another type is this KL, scaled by the ratio of the errors: KL is quadratic in a small change of the weights.
-3. A knapsack over these losses (`allocate`).
+3. A knapsack over these losses (`allocate`), in no more bytes than the budget and no more decoding time than stock.
 4. Losses add up only roughly. The whole plan is applied and its true KL measured; then the losses of a group of tensors
-   (a role, a depth, a type) are scaled, the knapsack solved again, and what lowers the true KL is kept.
+   (a role, a depth, a type) are scaled, the knapsack solved again, and what lowers the true KL is kept. From the better
+   of that plan and stock's on, types are exchanged between tensors, many at once and then fewer, on true KL alone.
 
 Steps 2 and 4 read different rows, and neither reads held-out ones.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 
 from toolchain.data.rows import Row
 from toolchain.errors import DataError
-from toolchain.gguf.allocate import Option, Plan, plan_loss, solve
+from toolchain.gguf.allocate import Exchange, Option, Plan, exchanges, plan_loss, plan_time, solve
 from toolchain.gguf.ggml import Floats, Quantizer, block_width, row_bytes
 from toolchain.gguf.header import Tensor
 from toolchain.gguf.llama_cpp import LlamaCpp
@@ -28,12 +29,20 @@ from toolchain.gguf.overlay import Divergence, Overlay, open_overlay
 from toolchain.journal import Journal
 from toolchain.reporter import Reporter, bar
 
+DECODING = {
+    "Q2_K": 1.25, "Q3_K": 1.25, "IQ3_S": 1.6, "Q4_0": 0.9, "Q4_1": 1.4, "IQ4_NL": 0.9, "Q4_K": 1.0, "IQ4_XS": 1.3,
+    "Q5_0": 1.6, "Q5_1": 1.8, "Q5_K": 1.45, "Q6_K": 1.2, "Q8_0": 1.4,
+}  # fmt: skip
+"""Time that a weight of the type takes in decoding, Q4_K being 1: llama-bench on 88 M parameters, 2 cores with AVX-512
+(docs/quantization.md). A plan must not be slower than stock by these."""
 ANCHORS = ("Q4_K", "IQ4_NL")
 """Type at which a tensor's own KL is measured: the first whose block fits its rows."""
 _ROWS = 16_384
 """Rows of a tensor that are rounded at a time: a large vocabulary's would fill the memory."""
 _FACTORS = (2.0, 1.3)
 """A group's losses are multiplied and divided by these, in turns."""
+_EXCHANGES = 16
+"""Most exchanges of types that are tried at once."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,7 @@ class Found:
     """Per tensor: KL with it alone at its anchor type."""
     options: dict[str, dict[str, Option]]
     trials: int
-    kept: int
+    """Whole plans that were measured."""
     tokens: tuple[int, int]
     """Answer tokens of step 2 and of step 4."""
 
@@ -114,12 +123,15 @@ def choose(
         usable = {name: usable_kinds(shapes[name].shape[0], kinds, stock[name]) for name in stock}
         errors = _errors(weights, usable, journal, report)
         sensitivity = _sensitivities(weights, usable, first, llama, journal, report)
+        looked_up = {"token_embd.weight"} if "output.weight" in shapes else set()
         options = {
             name: {
                 kind: Option(
                     kind,
                     _bytes(kind, shapes[name]),
                     sensitivity[name] * errors[name][kind] / max(errors[name][anchor(usable[name])], 1e-300),
+                    # Rows of an embedding that is not the head as well are looked up, one a token.
+                    0.0 if name in looked_up else DECODING[kind] * shapes[name].elements / 1e6,
                 )
                 for kind in usable[name]
             }
@@ -128,7 +140,7 @@ def choose(
         with _divergence(overlay, second, llama) as divergence:
             trial = _Trial(weights, divergence, journal)
             stock_kl = trial.kl(dict(stock))
-            plan, kl, tried, kept = _improve(options, budget, trial, trials, report)
+            plan, kl = _improve(options, dict(stock), budget, trial, trials, report)
     return Found(
         plan=plan,
         kl=kl,
@@ -136,8 +148,7 @@ def choose(
         predicted_kl=plan_loss(options, plan),
         sensitivity=sensitivity,
         options=options,
-        trials=tried,
-        kept=kept,
+        trials=trial.measured,
         tokens=(sum(len(row.answer_ids) for row in first), sum(len(row.answer_ids) for row in second)),
     )
 
@@ -162,10 +173,10 @@ def _bytes(kind: str, tensor: Tensor) -> int:
 
 
 def usable_kinds(width: int, kinds: Sequence[str], own: str) -> tuple[str, ...]:
-    """Types whose block divides rows of `width`; where one of 256 does, those of 32 are no gain but Q8_0."""
+    """Types whose block divides rows of `width`; where 256 does, Q5_K is better than Q5_0 and Q5_1 in no more bytes."""
     fitting = [kind for kind in kinds if width % block_width(kind) == 0]
-    if any(block_width(kind) == 256 for kind in fitting):
-        fitting = [kind for kind in fitting if block_width(kind) == 256 or kind == "Q8_0"]
+    if "Q5_K" in fitting:
+        fitting = [kind for kind in fitting if kind not in {"Q5_0", "Q5_1"}]
     return tuple(dict.fromkeys([*fitting, own]))
 
 
@@ -239,8 +250,10 @@ class _Trial:
     def __init__(self, weights: _Weights, divergence: Divergence, journal: Journal) -> None:
         self._weights, self._divergence, self._journal = weights, divergence, journal
         self._applied: Plan = {}
+        self.measured = 0
 
     def kl(self, plan: Plan) -> float:
+        self.measured += 1
         key = "plan " + " ".join(f"{name}={kind}" for name, kind in sorted(plan.items()))
         if key in self._journal:
             return float(self._journal[key])
@@ -252,35 +265,103 @@ class _Trial:
 
 
 def _improve(
-    options: Mapping[str, Mapping[str, Option]], budget: int, trial: _Trial, trials: int, report: Reporter
-) -> tuple[Plan, float, int, int]:
-    """Plan, its true KL, how many others were tried, how many of them were kept on the way."""
-    groups = _groups(options)
-    factors = dict.fromkeys(groups, 1.0)
-    plan = solve(options, budget)
+    options: Mapping[str, Mapping[str, Option]],
+    stock: Plan,
+    budget: int,
+    trial: "_Trial",
+    trials: int,
+    report: Reporter,
+) -> tuple[Plan, float]:
+    """The plan of least true KL that was found, within the budget, and that KL."""
+    time = plan_time(options, stock)
+    plan = solve(options, budget, time)
     best = trial.kl(plan)
-    tried = kept = 0
-    seen = [plan]
     with bar(report, "trying whole plans", total=trials, unit="plan") as task:
-        for size in _FACTORS:
-            for group in groups:
-                for factor in (size, 1 / size):
-                    if tried == trials:
-                        return plan, best, tried, kept
-                    changed = factors | {group: factors[group] * factor}
-                    other = solve(_scaled(options, groups, changed), budget)
-                    if other in seen:
-                        continue
-                    seen.append(other)
-                    found = trial.kl(other)
-                    tried += 1
-                    task.advance()
-                    if found < best:
-                        plan, best, factors = other, found, changed
-                        kept += 1
-                        report.line(f"KL {best:.5f} with {group} × {factors[group]:.2f}")
-                        break
-    return plan, best, tried, kept
+
+        def better(other: Plan, what: str) -> bool:
+            nonlocal plan, best
+            task.advance()
+            found = trial.kl(other)
+            if found >= best:
+                return False
+            plan, best = other, found
+            report.line(f"KL {best:.5f} with {what}")
+            return True
+
+        factors = _scale_groups(options, budget, time, plan, better, trials=trials // 2)
+        scaled = _scaled(options, factors)
+        if _bytes_of(options, stock) <= budget:
+            better(dict(stock), "the stock types")
+        _exchange(scaled, budget, time, lambda: plan, better, trials=trials - trials // 2)
+    return plan, best
+
+
+def _scale_groups(
+    options: Mapping[str, Mapping[str, Option]],
+    budget: int,
+    time: float,
+    plan: Plan,
+    better: Callable[[Plan, str], bool],
+    *,
+    trials: int,
+) -> dict["_Key", float]:
+    """Scale the losses of one group after another, as long as the knapsack's answer to it is better; the factors."""
+    groups = _groups(options)
+    factors: dict[_Key, float] = {}
+    seen = [plan]
+    for size in _FACTORS:
+        for label, keys in groups.items():
+            for factor in (size, 1 / size):
+                if trials == 0:
+                    return factors
+                changed = factors | {key: factors.get(key, 1.0) * factor for key in keys}
+                other = solve(_scaled(options, changed), budget, time)
+                if other in seen:
+                    continue
+                seen.append(other)
+                trials -= 1
+                if better(other, f"{label} × {factor:.2f}"):
+                    factors = changed
+                    break
+    return factors
+
+
+def _exchange(
+    options: Mapping[str, Mapping[str, Option]],
+    budget: int,
+    time: float,
+    plan: Callable[[], Plan],
+    better: Callable[[Plan, str], bool],
+    *,
+    trials: int,
+) -> None:
+    """Exchange types between tensors: many at once, half as many where that does not help, twice as many where it does.
+    A single exchange that does not help is not tried again."""
+    refused: set[_Key] = set()
+    size = _EXCHANGES
+    for _ in range(trials):
+        now = plan()
+        found = exchanges(options, now, budget - _bytes_of(options, now), without=refused)
+        taken: list[Exchange] = []
+        other = now
+        for exchange in found:
+            changed = other | exchange.changes
+            # One that is left out may have been what made room for the next.
+            if len(taken) < size and plan_time(options, changed) <= time and _bytes_of(options, changed) <= budget:
+                taken.append(exchange)
+                other = changed
+        if not taken:
+            return
+        if better(other, f"{len(taken)} exchanges"):
+            size = 2 * len(taken)
+        else:
+            if len(taken) == 1:
+                refused |= set(taken[0].changes.items())
+            size = max(1, len(taken) // 2)
+
+
+def _bytes_of(options: Mapping[str, Mapping[str, Option]], plan: Plan) -> int:
+    return sum(options[name][kind].bytes for name, kind in plan.items())
 
 
 _Key = tuple[str, str]
@@ -306,17 +387,10 @@ def _groups(options: Mapping[str, Mapping[str, Option]]) -> dict[str, set[_Key]]
     return {label: keys for label, keys in groups.items() if len(keys) < whole}
 
 
-def _scaled(
-    options: Mapping[str, Mapping[str, Option]], groups: Mapping[str, set[_Key]], factors: Mapping[str, float]
-) -> dict[str, dict[str, Option]]:
-    scale: dict[_Key, float] = {}
-    for label, factor in factors.items():
-        if factor != 1:
-            for key in groups[label]:
-                scale[key] = scale.get(key, 1.0) * factor
+def _scaled(options: Mapping[str, Mapping[str, Option]], factors: Mapping[_Key, float]) -> dict[str, dict[str, Option]]:
     return {
         name: {
-            kind: Option(kind, option.bytes, option.loss * scale.get((name, kind), 1.0))
+            kind: Option(kind, option.bytes, option.loss * factors.get((name, kind), 1.0), option.time)
             for kind, option in kinds.items()
         }
         for name, kinds in options.items()

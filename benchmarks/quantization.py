@@ -1,0 +1,207 @@
+"""What quantization keeps: error-aware against stock, and both against the converter and llama-quantize by hand.
+
+    python benchmarks/quantization.py WORK [--search-tokens 1024] [--search-trials 60] [--rounds 5] [--json FILE]
+
+WORK holds model/ (a Hugging Face checkpoint), train.jsonl and held_out.jsonl (rows), as benchmarks/train_small.py makes
+them. Each step runs in a process of its own. Printed: wall time and peak memory of our conversion and of the converter
+by hand, whether "stock" is byte for byte what llama-quantize writes by hand, the table of forms on the held-out rows,
+and prefill and decode tokens/s of the forms by llama-bench, in turns. Pictures go to WORK.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from toolchain.evaluate import pictures
+from toolchain.gguf import convert, imatrix, llama_cpp, quantize
+from toolchain.gguf.llama_cpp import LlamaCpp, physical_cores
+from toolchain.pipeline import host_cmake
+from toolchain.recipe import Card, Imatrix, Quantize
+from toolchain.reporter import Silent
+
+
+class Lines(Silent):
+    def line(self, text: str) -> None:
+        print(f"  {text}", file=sys.stderr, flush=True)
+
+
+def child(function: str, *arguments: str) -> dict[str, Any]:
+    """One of the functions below in a fresh process: what it returns, its seconds and its peak memory."""
+    argv = [sys.executable, __file__, "--child", function, *arguments]
+    ran = subprocess.run(argv, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    return found
+
+
+def our_convert(work: Path, out: Path) -> dict[str, Any]:
+    llama = llama_cpp.find(host_cmake())
+    return convert.run(
+        Card(),
+        model=work / "model",
+        name=work.name,
+        version="0.1.0",
+        max_kl=1e-3,
+        llama=llama,
+        out=out,
+        report=Silent(),
+    )
+
+
+def by_hand_convert(work: Path, out: Path) -> dict[str, Any]:
+    llama = llama_cpp.find(host_cmake())
+    argv = [sys.executable, str(llama.converter), str(work / "model"), "--outfile", str(out / convert.OUTPUT)]
+    env = {**os.environ, **convert.convert_env(llama)}
+    subprocess.run([*argv, "--outtype", "f16"], env=env, check=True, capture_output=True)
+    return {}
+
+
+def our_quantize(work: Path, out: Path, *settings: str) -> dict[str, Any]:
+    made = work / "bench"
+    inputs = quantize.Inputs(
+        made / "convert" / convert.OUTPUT,
+        made / "imatrix" / imatrix.OUTPUT,
+        work / "train.jsonl",
+        work / "held_out.jsonl",
+    )
+    llama = llama_cpp.find(host_cmake())
+    return quantize.run(Quantize(**json.loads(settings[0])), inputs, llama=llama, out=out, report=Lines())
+
+
+def make_imatrix(work: Path, out: Path) -> dict[str, Any]:
+    return imatrix.run(
+        Imatrix(),
+        gguf=work / "bench" / "convert" / convert.OUTPUT,
+        rows=work / "train.jsonl",
+        tokenizer=work / "model",
+        llama=llama_cpp.find(host_cmake()),
+        out=out,
+        report=Silent(),
+    )
+
+
+CHILDREN = {function.__name__: function for function in (our_convert, by_hand_convert, our_quantize, make_imatrix)}
+
+
+def run_child(function: str, work: Path, out: Path, rest: Sequence[str]) -> None:
+    out.mkdir(parents=True)
+    started = time.monotonic()
+    metrics = CHILDREN[function](work, out, *rest)
+    seconds = time.monotonic() - started
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * 1024
+    print(json.dumps({"seconds": seconds, "peak_bytes": peak, "metrics": metrics}))
+
+
+def bench(files: dict[str, Path], llama: LlamaCpp, rounds: int) -> dict[str, dict[str, list[float]]]:
+    """tokens/s by llama-bench, the files in turns."""
+    found: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in files}
+    for _ in range(rounds):
+        for name, path in files.items():
+            argv = [
+                str(llama.program("llama-bench")),
+                "-m",
+                str(path),
+                "-p",
+                "256",
+                "-n",
+                "64",
+                "-r",
+                "1",
+                "-o",
+                "json",
+            ]
+            ran = subprocess.run([*argv, "-t", str(physical_cores())], capture_output=True, text=True, check=True)
+            for test in json.loads(ran.stdout):
+                found[name]["prefill" if test["n_prompt"] else "decode"].append(test["avg_ts"])
+    return found
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--child"]:
+        run_child(sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]), sys.argv[5:])
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--search-tokens", type=int, default=Quantize().search_tokens)
+    parser.add_argument("--search-trials", type=int, default=Quantize().search_trials)
+    parser.add_argument("--rounds", type=int, default=5, help="of llama-bench")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    work, made = given.work, given.work / "bench"
+    shutil.rmtree(made, ignore_errors=True)
+    llama = llama_cpp.find(host_cmake())
+    child("by_hand_convert", str(work), str(made / "warm-up"))
+    by_hand = child("by_hand_convert", str(work), str(made / "by_hand"))
+    ours = child("our_convert", str(work), str(made / "convert"))
+    print(f"convert, by hand   {by_hand['seconds']:6.1f} s  {by_hand['peak_bytes'] / 2**20:7.0f} MiB")
+    print(
+        f"convert, the stage {ours['seconds']:6.1f} s  {ours['peak_bytes'] / 2**20:7.0f} MiB  "
+        f"of it converting {ours['metrics']['seconds']:.1f} s; KL {ours['metrics']['mean_kl']:.1e}"
+    )
+    matrix = child("make_imatrix", str(work), str(made / "imatrix"))
+    print(f"imatrix            {matrix['seconds']:6.1f} s  {matrix['metrics']['summary']}")
+    stock = child("our_quantize", str(work), str(made / "stock"), "{}")
+    plain = made / "by_hand.gguf"
+    argv = [str(llama.program("llama-quantize")), "--imatrix", imatrix.OUTPUT, str(made / "convert" / convert.OUTPUT)]
+    started = time.monotonic()
+    subprocess.run([*argv, str(plain), "Q4_K_M"], cwd=made / "imatrix", check=True, capture_output=True)
+    seconds = time.monotonic() - started
+    same = plain.read_bytes() == (made / "stock" / quantize.OUTPUT).read_bytes()
+    bytes_are = "equal" if same else "DIFFERENT"
+    print(f"quantize, by hand  {seconds:6.1f} s, the stage {stock['seconds']:.1f} s, bytes {bytes_are}")
+    settings = {
+        "allocation": "error-aware",
+        "search_tokens": given.search_tokens,
+        "search_trials": given.search_trials,
+    }
+    aware = child("our_quantize", str(work), str(made / "error-aware"), json.dumps(settings))
+    allocation = aware["metrics"]["allocation"]
+    print(f"error-aware        {aware['seconds']:6.1f} s  {aware['peak_bytes'] / 2**20:7.0f} MiB")
+    print(f"  {aware['metrics']['summary']}")
+    change = allocation["held_out"]["change"]
+    print(f"  KL {change['share']:+.1%}, {change['difference']:+.5f} [{change['low']:+.5f}, {change['high']:+.5f}]")
+    for name, form in allocation["held_out"]["forms"].items():
+        print(
+            f"  {name:18} {form['file_bytes']:>12,} bytes  {form['bits_per_weight']:6.3f} bits  KL {form['kl']:.5f}  "
+            f"p99 {form['kl_p99']:.4f}  same top {form['same_top']:.2%}  perplexity {form['perplexity']:.4f}"
+        )
+    searched = made / "searched.gguf"
+    if allocation["taken"]:
+        searched = made / "error-aware" / quantize.OUTPUT
+    else:
+        plan = ["--tensor-type-file", str(made / "error-aware" / quantize.PLAN)]
+        subprocess.run(
+            [argv[0], *plan, *argv[1:], str(searched), "Q4_K_M"], cwd=made / "imatrix", check=True, capture_output=True
+        )
+    speeds = bench({"stock": made / "stock" / quantize.OUTPUT, "error-aware": searched}, llama, given.rounds)
+    for kind in ("prefill", "decode"):
+        median = {name: statistics.median(speed[kind]) for name, speed in speeds.items()}
+        ratio = statistics.median(
+            after / before for before, after in zip(speeds["stock"][kind], speeds["error-aware"][kind], strict=True)
+        )
+        print(f"{kind:8} tokens/s: stock {median['stock']:.1f}, error-aware {median['error-aware']:.1f}, × {ratio:.3f}")
+    pictures.write(allocation, work)
+    if given.json:
+        found = {
+            "convert": ours,
+            "by_hand": by_hand,
+            "stock": stock,
+            "aware": aware,
+            "speeds": speeds,
+            "same_bytes": same,
+        }
+        given.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

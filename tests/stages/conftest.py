@@ -1,0 +1,21 @@
+"""What several files of this folder start from."""
+
+import pytest
+
+from tests.stages.published import Published
+from toolchain import errors
+from toolchain.gguf import llama_cpp
+from toolchain.target import read_target
+
+
+@pytest.fixture(scope="session")
+def llama() -> llama_cpp.LlamaCpp:
+    try:
+        return llama_cpp.find(read_target("x86-cpu").runtime.cmake)
+    except errors.HostError as error:
+        pytest.skip(error.message)
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Published:
+    return Published(tmp_path_factory.mktemp("published"))
