@@ -39,7 +39,7 @@ The quick brown fox jumps over the lazy dog, while 0 1 2 3 4 5 6 7 8 9 are digit
 
 
 @cache
-def _sentencepiece(size: int) -> bytes:
+def _sentencepiece(size: int, prefix: bool) -> bytes:
     """A SentencePiece model with `size` pieces, trained on the corpus above."""
     import sentencepiece
 
@@ -51,7 +51,7 @@ def _sentencepiece(size: int) -> bytes:
         vocab_size=size,
         byte_fallback=True,
         normalization_rule_name="identity",
-        add_dummy_prefix=False,
+        add_dummy_prefix=prefix,
         remove_extra_whitespaces=False,
         split_digits=True,
         unk_id=0,
@@ -68,8 +68,11 @@ def _sentencepiece(size: int) -> bytes:
     return model.getvalue()
 
 
-def tokenizer_of(model: bytes, template: str) -> Any:
-    """A SentencePiece model's tokenizer for Transformers: pieces merge in the order of their scores."""
+def tokenizer_of(model: bytes, template: str, *, prefix: bool = False) -> Any:
+    """A SentencePiece model's tokenizer for Transformers: pieces merge in the order of their scores.
+
+    `prefix`: a space before every text, as the model was trained with.
+    """
     import sentencepiece
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
     from transformers import PreTrainedTokenizerFast
@@ -88,7 +91,8 @@ def tokenizer_of(model: bytes, template: str) -> Any:
         if piece[:cut] in ids and piece[cut:] in ids
     ]
     core = Tokenizer(models.BPE(ids, merges, unk_token=SPECIAL[0], fuse_unk=True, byte_fallback=True))
-    core.normalizer = normalizers.Replace(" ", "▁")
+    spaces = normalizers.Replace(" ", "▁")
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
     core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     return PreTrainedTokenizerFast(
@@ -112,9 +116,11 @@ def make_tiny_checkpoint(
     seed: int = 0,
     vocabulary: int = 512,
     dtype: str = "float16",
+    prefix: bool = False,
 ) -> Path:
     """Write a Hugging Face checkpoint folder: config, safetensors, tokenizer with chat template, generation config.
 
+    `prefix`: the tokenizer puts a space before every text.
     `hidden` is a multiple of 8. `vocabulary` (at least 320) is the model's; the tokenizer has at most `TOKENIZER_SIZE`
     ids. The same `vocabulary` gives the same tokenizer. Weights depend on every argument and are large enough for
     logits that differ by several units. Returns `path`.
@@ -123,8 +129,8 @@ def make_tiny_checkpoint(
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     path.mkdir(parents=True, exist_ok=True)
-    proto = _sentencepiece(min(vocabulary, TOKENIZER_SIZE))
-    tokenizer = tokenizer_of(proto, CHAT_TEMPLATE)
+    proto = _sentencepiece(min(vocabulary, TOKENIZER_SIZE), prefix)
+    tokenizer = tokenizer_of(proto, CHAT_TEMPLATE, prefix=prefix)
     tokenizer.save_pretrained(path)
     (path / "tokenizer.model").write_bytes(proto)
     # Transformers 5 does not write these keys, and llama.cpp adds bos where they are missing.

@@ -23,7 +23,7 @@ from toolchain.reporter import Silent
 
 pytestmark = [pytest.mark.stages, pytest.mark.llama_cpp]
 
-SENTENCEPIECE = None
+SENTENCEPIECE, WITH_SPACE_PREFIX = "SentencePiece", "SentencePiece with a space before every text"
 SHAPE: dict[str, Any] = {
     "hidden_size": 256,
     "intermediate_size": 512,
@@ -38,6 +38,7 @@ FAMILIES = {
     "Llama 3": ("LlamaConfig", LLAMA_3, {}),
     "Qwen 2": ("Qwen2Config", QWEN, {}),
     "Qwen 3": ("Qwen3Config", QWEN, {"head_dim": 64}),
+    "Phi 3": ("Phi3Config", WITH_SPACE_PREFIX, {"original_max_position_embeddings": 1024, "sliding_window": 512}),
     "Gemma 3": (
         "Gemma3TextConfig",
         SENTENCEPIECE,
@@ -47,16 +48,15 @@ FAMILIES = {
 }
 
 
-def make(
-    folder: Path, config: str, tokenizer: str | None, more: dict[str, Any], published: Callable[[str], Path]
-) -> Path:
+def make(folder: Path, config: str, tokenizer: str, more: dict[str, Any], published: Callable[[str], Path]) -> Path:
     """A checkpoint of that architecture with a SentencePiece tokenizer of 512 ids, or a published byte-level one."""
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    made = make_tiny_checkpoint(folder)
+    made = make_tiny_checkpoint(folder, prefix=tokenizer == WITH_SPACE_PREFIX)
     (made / "model.safetensors").unlink()
-    if tokenizer is not None:
+    own = tokenizer in {SENTENCEPIECE, WITH_SPACE_PREFIX}
+    if not own:
         (made / "tokenizer.model").unlink()
         for path in published(tokenizer).iterdir():
             if path.name != "config.json":
@@ -65,7 +65,7 @@ def make(
     end = {"bos_token_id": loaded.bos_token_id, "eos_token_id": loaded.eos_token_id}
     pad = {"pad_token_id": loaded.pad_token_id if loaded.pad_token_id is not None else loaded.eos_token_id}
     described = getattr(transformers, config)(
-        vocab_size=len(loaded), tie_word_embeddings=tokenizer is not None, **SHAPE, **more, **end, **pad
+        vocab_size=len(loaded), tie_word_embeddings=not own, **SHAPE, **more, **end, **pad
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

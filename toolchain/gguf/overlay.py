@@ -98,12 +98,12 @@ def open_overlay(gguf: Path, *, llama: LlamaCpp) -> Iterator[Overlay]:
 
 def _mappings(gguf: Path) -> list[_Mapped]:
     """Where this process has the file mapped, by Linux's account."""
-    status = gguf.stat()
-    own = (f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}", str(status.st_ino))
+    own = str(gguf.resolve())
     found = []
     for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
-        span, _, offset, device, inode = line.split(maxsplit=5)[:5]
-        if (device, inode) == own:
+        # By name: on overlay and btrfs file systems, device and inode are not those that stat tells.
+        span, _, offset, _, _, *name = line.split(maxsplit=5)
+        if name == [own]:
             start, end = (int(part, 16) for part in span.split("-"))
             found.append(_Mapped(start, end - start, int(offset, 16)))
     return found
