@@ -15,6 +15,7 @@ import pytest
 from tests.tiny import make_tiny_checkpoint
 from toolchain.data.rows import Message, Row, write_rows
 from toolchain.errors import DataError, ModelError
+from toolchain.journal import Journal
 from toolchain.recipe import Compare, Data, Generate
 from toolchain.reporter import Silent
 
@@ -47,7 +48,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         messages = (Message("user", f"What does the command {name} do?"),)
         ids = generate.render(tokenizer, messages, where=name)
         questions.append(answering.Question(name, messages, ids, TOKENS, answering.Answer((), "length", "")))
-    with answering.Journal(root / "resume" / "teacher.jsonl") as journal:
+    with Journal(root / "resume" / "teacher.jsonl") as journal:
         said = answering.ask(
             "as the teacher",
             made["merged"],

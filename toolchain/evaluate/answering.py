@@ -4,23 +4,21 @@ Everything that a model was asked is journalled in `resume/`: what is computed o
 """
 
 import gc
-import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
 
 from toolchain.data.rows import Finish, Message, Row
 from toolchain.errors import ModelError
+from toolchain.journal import Journal
 from toolchain.recipe import Generate
 from toolchain.reporter import Reporter, bar
 from toolchain.student import load, precision
@@ -68,43 +66,6 @@ class Asked:
     """By set, in the order of its questions."""
     likelihoods: list[float]
     timing: dict[str, Any]
-
-
-class Journal:
-    """Results as JSON lines of [key, value]. From the first line on that a kill cut short, the file is cut off."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(exist_ok=True)
-        self._values: dict[str, Any] = {}
-        self._file = path.open("a+b")
-        self._file.seek(0)
-        end = 0
-        for line in self._file:
-            try:
-                key, value = json.loads(line)
-            except (ValueError, TypeError):
-                break
-            if not line.endswith(b"\n"):
-                break
-            self._values[key] = value
-            end += len(line)
-        self._file.truncate(end)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
-        self._file.close()
-
-    def once(self, key: str, work: Callable[[], Any]) -> Any:
-        """The value under `key`; `work` makes it if it is not there, and it is on the disk before this returns."""
-        if key not in self._values:
-            value = work()
-            self._file.write(json.dumps([key, value]).encode() + b"\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._values[key] = value
-        return self._values[key]
 
 
 def ask(

@@ -16,8 +16,9 @@ from toolchain.data.formats import read_examples
 from toolchain.data.rows import Row, read_rows
 from toolchain.errors import DataError
 from toolchain.evaluate import answer_scores, compare_text
-from toolchain.evaluate.answering import DIGITS, Answer, Asked, Journal, Question, ask, time_checkpoint
+from toolchain.evaluate.answering import DIGITS, Answer, Asked, Question, ask, time_checkpoint
 from toolchain.evaluate.bootstrap import CONFIDENCE, paired_differences
+from toolchain.journal import Journal
 from toolchain.recipe import Compare, Data, Generate
 from toolchain.reporter import Reporter
 from toolchain.student import load, precision

@@ -11,10 +11,11 @@
 Steps 2 and 4 read different rows, and neither reads held-out ones.
 """
 
+import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -72,12 +73,15 @@ class _Weights:
     def __init__(self, overlay: Overlay, quantizer: Quantizer, importance: Mapping[str, Floats]) -> None:
         self.overlay, self._quantizer, self._importance = overlay, quantizer, importance
 
-    def error(self, name: str, kind: str) -> float:
-        """Sum of the squared errors of the weights, each column weighed by its importance."""
-        return sum(
-            float(((rounded - original) ** 2).sum(0, dtype=float) @ weights)
-            for _, original, rounded, weights in self._rounded(name, kind)
-        )
+    def errors(self, name: str, kinds: Sequence[str]) -> dict[str, float]:
+        """Sum of the squared errors of the weights at each type, each column weighed by its importance."""
+        return {
+            kind: sum(
+                float(((rounded - original) ** 2).sum(0, dtype=float) @ weights)
+                for _, original, rounded, weights in self._rounded(name, kind)
+            )
+            for kind in kinds
+        }
 
     def apply(self, name: str, kind: str) -> None:
         for part, _, rounded, _ in self._rounded(name, kind):
@@ -194,7 +198,7 @@ def draw(rows: Sequence[Row], tokens: int) -> tuple[list[Row], list[Row]]:
     return list(taken[0::2]), list(taken[1::2])
 
 
-@contextmanager
+@contextlib.contextmanager
 def _divergence(overlay: Overlay, rows: Sequence[Row], llama: LlamaCpp) -> Iterator[Divergence]:
     divergence = Divergence(overlay, rows, llama=llama)
     try:
@@ -209,10 +213,7 @@ def _errors(
     found = {}
     with bar(report, "errors of each type", total=len(usable), unit="tensor") as task:
         for name, kinds in usable.items():
-            key = f"error {name}"
-            if key not in journal:
-                journal.add(key, {kind: weights.error(name, kind) for kind in kinds})
-            found[name] = journal[key]
+            found[name] = journal.once(f"error {name}", partial(weights.errors, name, kinds))
             task.advance()
     return found
 
@@ -225,21 +226,23 @@ def _sensitivities(
     journal: Journal,
     report: Reporter,
 ) -> dict[str, float]:
-    found = {name: float(journal[f"kl {name}"]) for name in usable if f"kl {name}" in journal}
-    if len(found) == len(usable):
-        return found
+    def alone(scored: Callable[[], Divergence], name: str) -> float:
+        divergence = scored()
+        weights.apply(name, anchor(usable[name]))
+        kl = float(divergence.measure().mean())
+        weights.overlay.restore(name)
+        # Rounding may take it below 0 where nothing is lost.
+        return max(kl, 0.0)
+
     with (
-        _divergence(weights.overlay, rows, llama) as divergence,
+        contextlib.ExitStack() as stack,
         bar(report, "sensitivity of each tensor", total=len(usable), unit="tensor") as task,
     ):
-        task.advance(len(found))
-        for name, kinds in usable.items():
-            if name in found:
-                continue
-            weights.apply(name, anchor(kinds))
-            # Rounding may take it below 0 where nothing is lost.
-            found[name] = journal.add(f"kl {name}", max(float(divergence.measure().mean()), 0.0))
-            weights.overlay.restore(name)
+        # Scoring what all is compared with takes a while: not where a run before this one has done it all.
+        scored = cache(lambda: stack.enter_context(_divergence(weights.overlay, rows, llama)))
+        found = {}
+        for name in usable:
+            found[name] = float(journal.once(f"kl {name}", partial(alone, scored, name)))
             task.advance()
     return found
 
@@ -255,13 +258,15 @@ class _Trial:
     def kl(self, plan: Plan) -> float:
         self.measured += 1
         key = "plan " + " ".join(f"{name}={kind}" for name, kind in sorted(plan.items()))
-        if key in self._journal:
-            return float(self._journal[key])
-        for name, kind in plan.items():
-            if self._applied.get(name) != kind:
-                self._weights.apply(name, kind)
-                self._applied[name] = kind
-        return float(self._journal.add(key, float(self._divergence.measure().mean())))
+
+        def measure() -> float:
+            for name, kind in plan.items():
+                if self._applied.get(name) != kind:
+                    self._weights.apply(name, kind)
+                    self._applied[name] = kind
+            return float(self._divergence.measure().mean())
+
+        return float(self._journal.once(key, measure))
 
 
 def _improve(
