@@ -50,7 +50,7 @@ def run(
         shutil.copyfile(given, out / OUTPUT)
         return {"summary": "taken from imatrix.file", "seconds": round(time.perf_counter() - started, 3)}
     taken = read_rows(rows)
-    tokens = sum(len(row.token_ids) for row in taken)
+    tokens = _tokens(taken)
     # llama-imatrix refuses fewer than two contexts of text, whatever it is asked for.
     if tokens < 2 * settings.context:
         raise DataError(
@@ -60,20 +60,21 @@ def run(
         )
     if settings.max_chunks is not None:
         taken = _first(taken, settings.max_chunks * settings.context)
-    text = render(taken, tokenizer)
+    split = _split(taken, _PART_CHUNKS * settings.context, least=2 * settings.context)
+    texts = [render(part, tokenizer) for part in split]
+    text = "".join(texts)
     (out / TEXT).write_text(text, encoding="utf-8")
     program = _LlamaImatrix(llama, gguf, settings.context, out / "logs" / "imatrix.log")
     folder = out / "resume"
     folder.mkdir(exist_ok=True)
     chunks = 0
     parts = []
-    split = _split(taken, _PART_CHUNKS * settings.context, least=2 * settings.context)
-    with bar(report, "importance matrix", total=sum(_tokens(part) for part in split), unit="token") as task:
+    with bar(report, "importance matrix", total=_tokens(taken), unit="token") as task:
         for number, part in enumerate(split):
             made = folder / f"part-{number}.gguf"
             name = f"part-{number}.txt"
             if not made.is_file():
-                (folder / name).write_text(render(part, tokenizer), encoding="utf-8")
+                (folder / name).write_text(texts[number], encoding="utf-8")
                 program.compute(folder, name, made)
             parts.append(made.name)
             chunks += read_metadata(made)["imatrix.chunk_count"]

@@ -141,7 +141,6 @@ class Divergence:
         if not self._context:
             raise ModelError(f"{self._gguf}: llama.cpp cannot open a context of {most} tokens")
         self._batch = lib.llama_batch_init(most, 0, 1)
-        self.tokens = sum(len(row.answer_ids) for row in rows)
         self._reference = [_probabilities(logits) for logits in self._logits()]
 
     def measure(self) -> npt.NDArray[np.float64]:

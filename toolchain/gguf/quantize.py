@@ -76,9 +76,9 @@ def run(settings: Quantize, inputs: Inputs, *, llama: LlamaCpp, out: Path, repor
     RecipeError for a plan or target that cannot be, ExternalToolError otherwise.
     """
     started = time.perf_counter()
-    # llama-quantize leaves out what it finds no entry for.
-    imatrix.check(read_importance(inputs.imatrix), read_facts(inputs.gguf), inputs.imatrix)
     quantizer = _LlamaQuantize(settings.file_type, inputs, llama, out, report)
+    # llama-quantize leaves out what it finds no entry for.
+    imatrix.check(read_importance(inputs.imatrix), quantizer.source, inputs.imatrix)
     target = out / OUTPUT
     allocation: dict[str, Any] = {"kind": settings.allocation}
     fallbacks: list[Fallback] = []
@@ -275,8 +275,10 @@ def _held_out(inputs: Inputs, files: Mapping[str, Path], llama: LlamaCpp, report
     scored = [score.answer_logprobs(path, rows, llama=llama) for path in files.values()]
     with bar(report, "held-out answers", total=len(rows), unit="row") as task:
         for row, *logprobs in zip(rows, *scored, strict=True):
+            reference = logprobs[0]
+            p = np.exp(reference)
             for name, found in zip(files, logprobs, strict=True):
-                sums[name].add(row, logprobs[0], found)
+                sums[name].add(row, p, reference, found)
             task.advance()
     tokens = np.array([len(row.answer_ids) for row in rows])
     before, after = (np.array([kl.mean() for kl in sums[name].kl]) for name in (STOCK, ERROR_AWARE))
@@ -300,8 +302,9 @@ class _Sums:
         self._same = 0
         self._nll = 0.0
 
-    def add(self, row: Row, reference: Logprobs, found: Logprobs) -> None:
-        self.kl.append((np.exp(reference) * (reference - found)).sum(-1, dtype=np.float64))
+    def add(self, row: Row, p: Logprobs, reference: Logprobs, found: Logprobs) -> None:
+        """`p` is exp(reference), taken once for all files."""
+        self.kl.append((p * (reference - found)).sum(-1, dtype=np.float64))
         self._same += int((reference.argmax(-1) == found.argmax(-1)).sum())
         self._nll -= float(found[np.arange(len(found)), list(row.answer_ids)].sum(dtype=np.float64))
 

@@ -60,7 +60,6 @@ class Found:
     """Sum of the plan's losses."""
     sensitivity: dict[str, float]
     """Per tensor: KL with it alone at its anchor type."""
-    options: dict[str, dict[str, Option]]
     trials: int
     """Whole plans that were measured."""
     tokens: tuple[int, int]
@@ -151,7 +150,6 @@ def choose(
         stock_kl=stock_kl,
         predicted_kl=plan_loss(options, plan),
         sensitivity=sensitivity,
-        options=options,
         trials=trial.measured,
         tokens=(sum(len(row.answer_ids) for row in first), sum(len(row.answer_ids) for row in second)),
     )
