@@ -394,14 +394,12 @@ class _Trainer(Trainer):  # type: ignore[misc]
 
     def get_train_dataloader(self) -> Any:
         # Not prepared by accelerate: every process sees every planned batch, and takes its share of it.
-        # Beside a GPU another process unpacks the next batch's logits while this one works on the present one.
-        beside = self.args.dataloader_pin_memory and self.data_collator.cache is not None
+        # Logits are unpacked in this process, while the GPU works off what was queued: 2.5 ms for 2,048 tokens. Another
+        # process for it, and the thread that takes over its tensors, cost more than that (docs/gpu.md).
         return DataLoader(
             self.train_dataset,
             batch_size=1,
             collate_fn=self.data_collator,
-            num_workers=1 if beside else 0,
-            prefetch_factor=4 if beside else None,
             pin_memory=self.args.dataloader_pin_memory,
         )
 

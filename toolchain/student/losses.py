@@ -41,7 +41,7 @@ Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse
 
 TAIL_FLOOR = 2.0**-23
 _CHUNK_CPU = 128
-_CHUNK_BYTES = 96 * 2**20
+_CHUNK_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -98,14 +98,13 @@ class Loss:
 def pick_chunk(vocabulary: int, device: torch.device) -> int:
     """Positions per use of the head.
 
-    On a GPU: as many as 96 MiB of float32 logits hold, in steps of 64 and from 128 to 1024. The one-pass way holds 2.5
-    times that, for CE alone as with a divergence: little beside a model of such a vocabulary. With fewer than 128,
-    reading the head's matrix takes longer than multiplying by it. On a CPU, logits of 128 still lie in memory that
-    malloc keeps.
+    On a GPU: as many as 256 MiB of 16-bit logits hold, in steps of 64 and from 128 to 1024; the one-pass way holds
+    nothing else of that size. Fewer and larger products take less of the processor's time, which launches them one by
+    one. On a CPU, logits of 128 still lie in memory that malloc keeps.
     """
     if device.type == "cpu":
         return _CHUNK_CPU
-    return min(1024, max(128, _CHUNK_BYTES // (4 * vocabulary) // 64 * 64))
+    return min(1024, max(128, _CHUNK_BYTES // (2 * vocabulary) // 64 * 64))
 
 
 def distillation_loss(
@@ -170,11 +169,13 @@ class _OnePass(torch.autograd.Function):
             weight = weight.to(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
             exact = _exact(weight.dtype)
+            kernels = _kernels(device, weight.dtype)
             known = None if teacher is None else _prepare(teacher, objective, weight.shape[0], exact)
             gradient = torch.empty_like(hidden, dtype=weight.dtype)
             # Buffers for all chunks: a CPU takes longer to get fresh memory than to fill it.
             product = weight.new_empty(min(chunk, hidden.shape[0]), weight.shape[0])
-            softmax = torch.empty_like(product, dtype=exact) if objective.ce_weight > 0 else None
+            room = objective.ce_weight > 0 and kernels is None
+            softmax = torch.empty_like(product, dtype=exact) if room else None
             # A GPU reads 16-bit logits at half the cost, a CPU converts them one by one wherever they are used.
             wide = None if product.dtype == exact or device != "cpu" else torch.empty_like(product, dtype=exact)
             sums = []
@@ -183,13 +184,12 @@ class _OnePass(torch.autograd.Function):
                 n, part = len(states), slice(start, start + len(states))
                 logits = torch.mm(states, weight.T, out=product[:n])
                 logits = logits if wide is None else wide[:n].copy_(logits)
-                ce, divergence = _take_slope(
-                    logits,
-                    labels[part],
-                    known and known.part(part),
-                    objective,
-                    None if softmax is None else softmax[:n],
-                )
+                of_part = known and known.part(part)
+                if kernels is not None:
+                    ce, divergence = _take_slope_by_kernels(kernels, logits, labels[part], of_part, objective)
+                else:
+                    room_here = None if softmax is None else softmax[:n]
+                    ce, divergence = _take_slope(logits, labels[part], of_part, objective, room_here)
                 by_logit = logits if wide is None else product[:n].copy_(logits)
                 torch.mm(by_logit, weight, out=gradient[part])
                 sums.append(torch.stack([ce, divergence]))
@@ -233,6 +233,15 @@ def _outputs(
     total = objective.ce_weight * ce + objective.kl_weight * objective.temperature**2 * divergence
     ctx.mark_non_differentiable(ce, divergence)
     return total, ce, divergence
+
+
+def _kernels(device: str, dtype: torch.dtype) -> Any:
+    """loss_kernels on a GPU; None on a CPU, and in float64, which the kernels do not know."""
+    if device != "cuda" or dtype == torch.float64:
+        return None
+    from toolchain.student import loss_kernels
+
+    return loss_kernels
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:
@@ -309,21 +318,56 @@ def _take_slope(
     shift = (logits.amax(-1, keepdim=True).to(exact) / -temperature).clamp_(max=1e30)
     tail = torch.add(shift, logits, alpha=1 / temperature, out=logits if logits.dtype == exact else None).exp_()
     mass = tail.sum(-1, keepdim=True)
-    log_q = torch.cat([kept, mass.log() - shift], -1).log_softmax(-1)
-    # Where the student has no tail (k = V, or only padding, at −inf, is left), what the teacher has there is rounding.
-    p = known.p.clone()
-    p[:, -1:].masked_fill_(mass == 0, 0.0)
-    buckets = _Buckets(p, known.log_p, log_q.exp(), log_q)
-    value, slope = _DIVERGENCES[objective.divergence](buckets, objective)
-    error = torch.addcmul(slope, buckets.q, slope.sum(-1, keepdim=True), value=-1)
-    error *= objective.kl_weight * temperature / _unit(objective)  # T² · ∂(z/T)/∂z
+    divergence, error = _by_bucket(torch.cat([kept, mass.log() - shift], -1), known, objective)
     by_kept, by_share = error[:, :-1], error[:, -1:] / mass.clamp(min=torch.finfo(exact).tiny)
 
     if softmax is None:
         logits.copy_(tail.mul_(by_share).scatter_add_(-1, known.ids, by_kept))
     else:
         torch.addcmul(softmax.scatter_add_(-1, known.ids, by_kept), tail, by_share, out=logits)
-    return ce, value.sum()
+    return ce, divergence
+
+
+def _take_slope_by_kernels(
+    kernels: Any, logits: torch.Tensor, labels: torch.Tensor, known: _Known | None, objective: Objective
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `_take_slope`, without room for a softmax: see loss_kernels."""
+    temperature = objective.temperature
+    ce = divergence = logits.new_zeros((), dtype=torch.float32)
+    label = logits.gather(-1, labels[:, None]).squeeze(-1).float()
+    if known is None:
+        log_total, _ = kernels.log_sums(logits, 1.0)
+        kernels.write_slope(logits, labels, log_total, None, None, 1.0)
+        return (log_total - label).sum(), divergence
+    kept = logits.gather(-1, known.ids).float().masked_fill_(known.empty, -math.inf)
+    logits.scatter_(-1, known.ids, -math.inf)
+    log_rest, log_tail = kernels.log_sums(logits, temperature)
+    divergence, error = _by_bucket(torch.cat([kept / temperature, log_tail[:, None]], -1), known, objective)
+    by_kept, by_tail = error[:, :-1], error[:, -1].contiguous()
+    log_total = None
+    if objective.ce_weight > 0:
+        log_total = torch.logaddexp(log_rest, kept.logsumexp(-1))
+        ce = (log_total - label).sum()
+        by_kept = by_kept + (kept - log_total[:, None]).exp() - ((known.ids == labels[:, None]) & ~known.empty).float()
+    kernels.write_slope(logits, labels, log_total, log_tail, by_tail, temperature)
+    logits.scatter_add_(-1, known.ids, by_kept.to(logits.dtype))  # to zeros; what empty slots add is 0
+    return ce, divergence
+
+
+def _by_bucket(z: torch.Tensor, known: "_Known", objective: Objective) -> tuple[torch.Tensor, torch.Tensor]:
+    """ΣD, and its slope by the logit of each bucket in units of `_unit`, from the student's logits / T [n, K + 1].
+
+    The tail is the last bucket; −inf is a student without one (k = V, or only padding, at −inf, is left): what the
+    teacher has there is rounding.
+    """
+    log_q = z.log_softmax(-1)
+    p = known.p.clone()
+    p[:, -1:].masked_fill_(z[:, -1:] == -math.inf, 0.0)
+    buckets = _Buckets(p, known.log_p, log_q.exp(), log_q)
+    value, slope = _DIVERGENCES[objective.divergence](buckets, objective)
+    error = torch.addcmul(slope, buckets.q, slope.sum(-1, keepdim=True), value=-1)
+    error *= objective.kl_weight * objective.temperature / _unit(objective)  # T² · ∂(z/T)/∂z
+    return value.sum(), error
 
 
 def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor, softmax: torch.Tensor) -> torch.Tensor:
