@@ -1,9 +1,11 @@
-"""What only an NVIDIA GPU can show: Unsloth killed and resumed, a 4-bit teacher, phases with a teacher in memory."""
+"""What only NVIDIA GPUs can show: Unsloth killed and resumed, two at once, a 4-bit teacher, a teacher in memory."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -41,9 +43,34 @@ def make_recipe(folder: Path, changes: dict[str, str] | None = None) -> Path:
     return path
 
 
-def run(recipe: Path, until: str) -> None:
-    ran = subprocess.run(command(recipe, "run", "--until", until), capture_output=True, text=True, check=False)
+def run(recipe: Path, until: str, *options: str) -> None:
+    ran = subprocess.run(
+        command(recipe, "run", "--until", until, *options), capture_output=True, text=True, check=False
+    )
     assert ran.returncode == 0, ran.stderr
+
+
+def copy_of(recipe: Path, folder: Path, changes: dict[str, str] | None = None) -> Path:
+    """Another recipe beside the same models and rows, with a copy of the work that was done."""
+    folder.mkdir(parents=True)
+    shutil.copytree(recipe.parent / "work", folder / "work")
+    text = recipe.read_text()
+    for before, after in (changes or {}).items():
+        assert before in text
+        text = text.replace(before, after)
+    for name in ("teacher", "train.jsonl", "held_out.jsonl"):
+        (folder / name).symlink_to(recipe.parent / name)
+    path = folder / "recipe.toml"
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture(scope="module")
+def captured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe whose teacher has been captured."""
+    recipe = make_recipe(tmp_path_factory.mktemp("captured"), {"epochs = 2": "epochs = 6"})
+    run(recipe, "capture")
+    return recipe
 
 
 def manifest(recipe: Path, stage: str) -> dict[str, Any]:
@@ -55,6 +82,13 @@ def manifest(recipe: Path, stage: str) -> dict[str, Any]:
 def log(recipe: Path, stage: str) -> list[dict[str, float]]:
     (found,) = (recipe.parent / "work" / stage).glob("*/log.jsonl")
     return [json.loads(line) for line in found.read_text().splitlines()]
+
+
+def expect_the_same_losses(one: Path, other: Path, stage: str) -> None:
+    expected, found = log(one, stage), log(other, stage)
+    assert [entry["step"] for entry in found] == [entry["step"] for entry in expected]
+    assert [entry["loss"] for entry in found] == pytest.approx([entry["loss"] for entry in expected], rel=2e-2)
+    assert expected[-1]["loss"] < expected[0]["loss"]
 
 
 def kill_at_a_checkpoint(recipe: Path, stage: str) -> None:
@@ -71,19 +105,31 @@ def kill_at_a_checkpoint(recipe: Path, stage: str) -> None:
 
 
 @pytest.mark.parametrize("bits", ["16", "4"])
-def test_unsloth_is_killed_and_resumed_with_the_losses_of_a_quiet_run(tmp_path: Path, bits: str) -> None:
-    changes = {"epochs = 2": "epochs = 6" + ("\nload_in_4bit = true" if bits == "4" else "")}
-    quiet, killed = (make_recipe(tmp_path / name, changes) for name in ("quiet", "killed"))
-    run(quiet, "merge")
+def test_unsloth_is_killed_and_resumed_with_the_losses_of_a_quiet_run(
+    captured: Path, tmp_path: Path, bits: str
+) -> None:
+    changes = {"epochs = 6": "epochs = 6\nload_in_4bit = true"} if bits == "4" else {}
+    quiet, killed = (copy_of(captured, tmp_path / name, changes) for name in ("quiet", "killed"))
+    run(quiet, "distill")
     assert manifest(quiet, "distill")["metrics"]["engine"] == "unsloth"
-    run(killed, "capture")
     kill_at_a_checkpoint(killed, "distill")
     run(killed, "merge")
     assert manifest(killed, "distill")["metrics"]["steps_resumed"] >= 2
-    expected, found = log(quiet, "distill"), log(killed, "distill")
-    assert [entry["step"] for entry in found] == [entry["step"] for entry in expected]
-    assert [entry["loss"] for entry in found] == pytest.approx([entry["loss"] for entry in expected], rel=2e-2)
-    assert expected[-1]["loss"] < expected[0]["loss"]
+    expect_the_same_losses(quiet, killed, "distill")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+@pytest.mark.parametrize("engine", ["unsloth", "transformers"])
+def test_two_gpus_make_the_steps_of_one(captured: Path, tmp_path: Path, engine: str) -> None:
+    """By torchrun, over NCCL: capture and distill."""
+    changes = {"[distill]\n": f'[distill]\nengine = "{engine}"\n'}
+    one, two = (copy_of(captured, tmp_path / name, changes) for name in ("one", "two"))
+    run(one, "distill")
+    shutil.rmtree(two.parent / "work" / "capture")
+    run(two, "distill", "--launcher", f"{sys.executable} -m torch.distributed.run --nproc-per-node 2")
+    for stage in ("capture", "distill"):
+        assert manifest(two, stage)["metrics"]["processes"] == 2
+    expect_the_same_losses(one, two, "distill")
 
 
 def test_a_teacher_in_four_bits_answers_and_is_captured(tmp_path: Path) -> None:
