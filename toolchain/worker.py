@@ -42,6 +42,9 @@ _ENVIRONMENT = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
 }
 _EVENT_GAP_S = 0.1
+_USES_SCIKIT_LEARN = {"select", "distill", "on_policy", "compare"}
+"""Sentence embeddings and Unsloth do. Transformers imports it for a way of decoding that nothing here takes, and with
+it SciPy and pandas: 130 MiB and a second of every stage."""
 
 
 def run_in_worker(
@@ -216,6 +219,8 @@ def main() -> int:
     pipe = _PipeReporter(_open_events(events))
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     first = os.environ.get("RANK", "0") == "0"
+    if job["stage"] not in _USES_SCIKIT_LEARN:
+        sys.modules["sklearn"] = None  # type: ignore[assignment]  # as Python has it: there is no such module
     try:
         from toolchain.pipeline import stage_called
 

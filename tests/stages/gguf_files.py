@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from toolchain.gguf import convert
+from toolchain.gguf import convert, imatrix
 from toolchain.gguf.llama_cpp import LlamaCpp
-from toolchain.recipe import Card
+from toolchain.recipe import Card, Imatrix
 from toolchain.reporter import Silent
 
 
@@ -29,3 +29,11 @@ def to_gguf(
         out=out,
         report=Silent(),
     )
+
+
+def to_matrix(gguf: Path, rows: Path, tokenizer: Path, llama: LlamaCpp, out: Path) -> Path:
+    """The importance matrix of `gguf` from `rows`, in chunks of 64 tokens, by the stage."""
+    out.mkdir(exist_ok=True)
+    settings = Imatrix(context=64)
+    imatrix.run(settings, gguf=gguf, rows=rows, tokenizer=tokenizer, llama=llama, out=out, report=Silent())
+    return out / imatrix.OUTPUT

@@ -12,13 +12,13 @@ pytest.importorskip("gguf")
 
 import torch
 
-from tests.stages.gguf_files import to_gguf
+from tests.stages.gguf_files import to_gguf, to_matrix
 from tests.stages.published import LLAMA_3, QWEN
 from tests.tiny import make_tiny_checkpoint
-from toolchain.gguf import convert, imatrix, quantize
+from toolchain.gguf import convert, quantize
 from toolchain.gguf.header import read_facts
 from toolchain.gguf.llama_cpp import LlamaCpp
-from toolchain.recipe import Imatrix, Quantize
+from toolchain.recipe import Quantize
 from toolchain.reporter import Silent
 
 pytestmark = [pytest.mark.stages, pytest.mark.llama_cpp]
@@ -90,16 +90,8 @@ def test_a_family_is_converted_with_its_tokenizer_template_and_logits_and_quanti
     tokenizer = load_tokenizer(model)
     ids = tuple(tokenizer("Use scp with the source first and the target after it. " * 12)["input_ids"])
     write_rows(tmp_path / "train.jsonl", [Row("0", (), "", ids[:4], ids[4:], "length")])
-    imatrix.run(
-        Imatrix(context=64),
-        gguf=tmp_path / convert.OUTPUT,
-        rows=tmp_path / "train.jsonl",
-        tokenizer=model,
-        llama=llama,
-        out=tmp_path,
-        report=Silent(),
-    )
-    inputs = quantize.Inputs(tmp_path / convert.OUTPUT, tmp_path / imatrix.OUTPUT)
+    matrix = to_matrix(tmp_path / convert.OUTPUT, tmp_path / "train.jsonl", model, llama, tmp_path)
+    inputs = quantize.Inputs(tmp_path / convert.OUTPUT, matrix)
     found = quantize.run(Quantize(), inputs, llama=llama, out=tmp_path, report=Silent())
     facts = read_facts(tmp_path / quantize.OUTPUT)
     assert facts.file_type == "Q4_K_M"

@@ -13,16 +13,16 @@ pytest.importorskip("gguf")
 import numpy as np
 from gguf import GGUFReader
 
-from tests.stages.gguf_files import to_gguf
+from tests.stages.gguf_files import to_gguf, to_matrix
 from tests.tiny import make_tiny_checkpoint
 from toolchain import errors
 from toolchain.data.rows import Row, write_rows
-from toolchain.gguf import convert, imatrix, quantize, score, search
+from toolchain.gguf import convert, quantize, score, search
 from toolchain.gguf.ggml import Quantizer, read_importance
 from toolchain.gguf.header import read_facts
 from toolchain.gguf.llama_cpp import LlamaCpp
 from toolchain.gguf.overlay import Divergence, open_overlay
-from toolchain.recipe import Imatrix, Quantize
+from toolchain.recipe import Quantize
 from toolchain.reporter import Silent
 
 pytestmark = [pytest.mark.stages, pytest.mark.llama_cpp]
@@ -43,16 +43,8 @@ def made(llama: LlamaCpp, tmp_path_factory: pytest.TempPathFactory) -> quantize.
     ]
     write_rows(root / "train.jsonl", rows[:24])
     write_rows(root / "held_out.jsonl", rows[24:])
-    imatrix.run(
-        Imatrix(context=64),
-        gguf=root / convert.OUTPUT,
-        rows=root / "train.jsonl",
-        tokenizer=model,
-        llama=llama,
-        out=root,
-        report=Silent(),
-    )
-    return quantize.Inputs(root / convert.OUTPUT, root / imatrix.OUTPUT, root / "train.jsonl", root / "held_out.jsonl")
+    matrix = to_matrix(root / convert.OUTPUT, root / "train.jsonl", model, llama, root)
+    return quantize.Inputs(root / convert.OUTPUT, matrix, root / "train.jsonl", root / "held_out.jsonl")
 
 
 def run(settings: Quantize, inputs: quantize.Inputs, llama: LlamaCpp, out: Path) -> dict[str, Any]:

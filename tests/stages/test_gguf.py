@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGUFReader
 
-from tests.stages.gguf_files import to_gguf
+from tests.stages.gguf_files import to_gguf, to_matrix
 from tests.tiny import give_byte_level_tokenizer, make_tiny_checkpoint
 from toolchain import errors
 from toolchain.data.rows import Row, write_rows
@@ -68,17 +69,7 @@ def matrix(
 def make_matrix(gguf: Path, checkpoint: Path, rows: Sequence[Row], llama: LlamaCpp, out: Path) -> Path:
     out.mkdir(exist_ok=True)
     write_rows(out / "train.jsonl", rows)
-    metrics = imatrix.run(
-        Imatrix(context=64),
-        gguf=gguf,
-        rows=out / "train.jsonl",
-        tokenizer=checkpoint,
-        llama=llama,
-        out=out,
-        report=Silent(),
-    )
-    assert metrics["chunks"] >= 2
-    return out / imatrix.OUTPUT
+    return to_matrix(gguf, out / "train.jsonl", checkpoint, llama, out)
 
 
 def reference(checkpoint: Path, rows: Sequence[Row]) -> list[npt.NDArray[np.float64]]:
@@ -221,12 +212,13 @@ def test_an_end_of_answer_that_llama_cpp_does_not_know_stops_the_run(
         to_gguf(broken, tmp_path, llama, name=NAME)
 
 
-def test_a_weight_beyond_float16_stops_the_run(llama: LlamaCpp, tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [1e6, float("nan"), float("inf")])
+def test_a_weight_that_float16_does_not_hold_stops_the_run(value: float, llama: LlamaCpp, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     model = make_tiny_checkpoint(tmp_path / "model", dtype="float32")
     weights = load_file(model / "model.safetensors")
-    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = 1e6
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = value
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(errors.ModelError, match=r"cannot load it: .*invalid data"):
         to_gguf(model, tmp_path, llama, name=NAME)
@@ -329,6 +321,40 @@ def test_a_cut_input_leaves_nothing_that_looks_finished(
     with pytest.raises(errors.ModelError, match=r"cut\.gguf: cut short"):
         run_quantize(cut, matrix, llama, tmp_path)
     assert not (tmp_path / quantize.OUTPUT).exists()
+
+
+def test_a_quantizer_killed_amid_its_file_leaves_nothing_that_looks_finished(
+    converted: Path, matrix: Path, llama: LlamaCpp, tmp_path: Path
+) -> None:
+    """llama-quantize itself, stopped by kill -9 when half of its file is there."""
+    broken = tmp_path / "broken"
+    (broken / "bin").mkdir(parents=True)
+    real = llama.program("llama-quantize")
+    script = broken / "bin" / "llama-quantize"
+    script.write_text(
+        f'#!/bin/sh\ncase "$*" in *--dry-run*) exec {real} "$@";; esac\n{real} "$@" || exit 1\n'
+        "for last; do out=$wide; wide=$kind; kind=$threads; threads=$last; done\n"
+        'size=$(stat -c %s "$wide"); truncate -s $((size / 2)) "$wide"; kill -9 $$\n'
+    )
+    script.chmod(0o755)
+    with pytest.raises(errors.ExternalToolError, match="llama-quantize"):
+        run_quantize(converted, matrix, replace(llama, root=broken), tmp_path)
+    assert not (tmp_path / quantize.OUTPUT).exists()
+    assert not (tmp_path / quantize.RECORD).exists()
+
+
+def test_a_checkpoint_run_layer_by_layer_predicts_the_same_and_holds_no_layer(
+    checkpoint: Path, rows: list[Row]
+) -> None:
+    from toolchain.student import load
+
+    model = load.load_layer_by_layer(checkpoint)
+    on_disk = [name for name, weight in model.named_parameters() if weight.is_meta]
+    assert len(on_disk) == 2 * 9  # all nine weights of both layers
+    assert all(".layers." in name for name in on_disk)
+    found = list(load.answer_logprobs(model, rows, batch_tokens=10_000))
+    for ours, theirs in zip(found, reference(checkpoint, rows), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
 def test_a_matrix_of_another_model_leaves_nothing_that_looks_finished(

@@ -118,6 +118,33 @@ def test_a_changed_byte_is_read_or_refused_and_never_a_crash(whole: Path, tmp_pa
     assert problem is None or "changed.gguf" in problem
 
 
+@pytest.mark.parametrize(
+    ("at", "what"),
+    [
+        (8, "tensors"),
+        (16, "keys"),
+        (24, "length of the first key"),
+        ("blk.0.weight", "width"),
+        ("blk.0.weight", "start"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("value", [1 << 20, 1 << 40, (1 << 64) - 32])
+def test_a_file_that_lies_about_its_sizes_is_refused(
+    whole: Path, tmp_path: Path, at: int | str, what: str, value: int
+) -> None:
+    """At once, and without memory for what it claims."""
+    raw = bytearray(whole.read_bytes())
+    if isinstance(at, str):
+        # After the name: u32 dimensions, u64 for each of the two, u32 type, u64 start of its data.
+        at = raw.index(at.encode()) + len(at) + {"width": 4, "start": 4 + 16 + 4}[what]
+    raw[at : at + 8] = value.to_bytes(8, "little")
+    lying = tmp_path / "lying.gguf"
+    lying.write_bytes(raw)
+    with pytest.raises(errors.ModelError, match=r"lying\.gguf"):
+        read_facts(lying)
+
+
 def test_something_else_is_no_gguf(tmp_path: Path) -> None:
     other = tmp_path / "other.gguf"
     other.write_bytes(b"PK\x03\x04 and so on")

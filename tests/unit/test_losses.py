@@ -128,8 +128,12 @@ def _ours(
 def _reference(
     hidden: "torch.Tensor", weight: "torch.Tensor", labels: "torch.Tensor", top: Teacher, objective: Objective
 ) -> tuple[float, "torch.Tensor"]:
+    """In float64, from logits that are rounded as a product of the given types is."""
     leaf = hidden.detach().double().requires_grad_()
-    total = _dense(leaf @ weight.double().T, labels, top, objective) / len(labels)
+    logits = leaf @ weight.double().T
+    if hidden.dtype == torch.bfloat16:
+        logits = logits + (logits.bfloat16().double() - logits).detach()
+    total = _dense(logits, labels, top, objective) / len(labels)
     total.backward()  # type: ignore[no-untyped-call]
     assert leaf.grad is not None
     return total.item(), leaf.grad
@@ -542,6 +546,6 @@ def test_a_gpu_gives_what_the_dense_reference_gives() -> None:
         loss, gradient = _ours(
             hidden.cuda(), weight.cuda(), labels.cuda(), on_gpu, _objective(name), one_pass=one_pass
         )  # fmt: skip
-        rel = 2e-2 if dtype == torch.bfloat16 else 1e-4
+        rel = 1e-2 if dtype == torch.bfloat16 else 1e-4
         assert loss.total.item() == pytest.approx(expected, rel=rel), (name, one_pass, dtype)
         assert (gradient.cpu().double() - slope).abs().max() < rel * slope.abs().max(), (name, one_pass, dtype)

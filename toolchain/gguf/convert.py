@@ -5,6 +5,7 @@ so a difference stops the run.
 """
 
 import json
+import math
 import re
 import sys
 import tempfile
@@ -18,6 +19,7 @@ import numpy as np
 
 from toolchain import process
 from toolchain.data.rows import Row
+from toolchain.disk import require_free
 from toolchain.errors import ExternalToolError, GateError, ModelError
 from toolchain.gguf import score
 from toolchain.gguf.card import metadata, model_card
@@ -27,7 +29,7 @@ from toolchain.recipe import Card
 from toolchain.reporter import Reporter, bar
 
 OUTPUT = "model-f16.gguf"
-_BATCH_TOKENS = 1024
+_MARGIN_BYTES = 32 << 20
 
 PROBES = (
     "Hello, world!",
@@ -72,8 +74,9 @@ def run(
     Raises ModelError for a checkpoint that cannot be converted or whose tokenizer comes out different.
     """
     check_checkpoint(model)
-    started = time.perf_counter()
     target = out / OUTPUT
+    require_free(out, _foretell(model), "the 16-bit GGUF", report=report)
+    started = time.perf_counter()
     log = out / "logs" / "convert.log"
     with bar(report, "converting to GGUF", total=100, unit="%") as task, tempfile.TemporaryDirectory() as folder:
         # The converter reads a name, a version and a size out of the folder's name, and a licence out of README.md.
@@ -138,6 +141,13 @@ def run(
         "read_as_control": probed.read_as_control,
         "mean_kl": mean_kl,
     }
+
+
+def _foretell(model: Path) -> int:
+    """Bytes of a 16-bit GGUF of the checkpoint, and a margin for header, vocabulary and the vectors, of 32 bits."""
+    from toolchain.student.load import tensors_of
+
+    return 2 * sum(math.prod(tensor.shape) for tensor in tensors_of(model).values()) + _MARGIN_BYTES
 
 
 def convert_argv(converter: Path, model: Path, out: Path, *, metadata: Path) -> list[str]:
@@ -272,16 +282,13 @@ def check_logits(
 
     Raises GateError above `max_kl`, with the place where they are furthest apart.
     """
-    import torch
-
-    from toolchain.student.load import answer_logprobs, load_model, load_tokenizer
-    from toolchain.student.precision import pick_device
+    from toolchain.student.load import answer_logprobs, load_layer_by_layer, load_tokenizer
 
     tokenizer = load_tokenizer(model)
     encoded = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
     rows = [Row(str(at), (), "", ids[:1], ids[1:], "length") for at, ids in enumerate(encoded) if len(ids) > 1]
-    loaded, _ = load_model(model, dtype=torch.float32, device=pick_device())
-    by_checkpoint = answer_logprobs(loaded, rows, batch_tokens=_BATCH_TOKENS)
+    # All texts at once, since every pass reads the checkpoint.
+    by_checkpoint = answer_logprobs(load_layer_by_layer(model), rows, batch_tokens=sys.maxsize)
     total = tokens = 0.0
     furthest = -1.0
     where = ""

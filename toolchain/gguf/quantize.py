@@ -127,7 +127,8 @@ class _LlamaQuantize:
     def write(self, target: Path, *, plan: Path | None = None, matrix: bool = True, files: int = 1) -> list[str]:
         """Write `target` and hand back what the tool said; there must be room for as many `files` of its size."""
         needed = self._foretell(target, plan, matrix) + _MARGIN_BYTES
-        require_free(self._out, files * needed, "the quantized model" if files == 1 else f"{files} quantized models")
+        what = "the quantized model" if files == 1 else f"{files} quantized models"
+        require_free(self._out, files * needed, what, report=self._report)
         try:
             return self._run(target, plan, matrix, label=f"quantizing to {self._file_type}")
         except (ExternalToolError, OSError):

@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -211,13 +211,43 @@ def load_model(
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"{folder}: the model cannot be loaded: {error}") from error
-    # Transformers fills what it does not find with random numbers and goes on.
+    _refuse_random(info, folder, tensors=len(expected))
+    return (model if load_in_4bit else model.to(device)).eval(), tokenizer
+
+
+def _refuse_random(info: Mapping[str, Any], folder: Path, *, tensors: int) -> None:
+    """Transformers fills what it does not find with random numbers and goes on."""
     lost = sorted({*info["missing_keys"], *(str(entry) for entry in info["mismatched_keys"])})
     if lost:
-        raise ModelError(
-            f"{folder}: {len(lost)} of {len(expected)} tensors missing or of another shape, such as {lost[0]}"
-        )
-    return (model if load_in_4bit else model.to(device)).eval(), tokenizer
+        raise ModelError(f"{folder}: {len(lost)} of {tensors} tensors missing or of another shape, such as {lost[0]}")
+
+
+def load_layer_by_layer(folder: Path) -> Model:
+    """A checkpoint on the processor in float32, whose layers are read from their files whenever they are used.
+
+    Holds embeddings and head, and one layer at a time: a model of any size can be run in little memory, best on few and
+    large batches. Raises ModelError.
+    """
+    expected = tensors_of(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config)
+        places: dict[str, str] = {}
+        for name, module in empty.named_children():
+            parts = dict(module.named_children()) if name == empty.base_model_prefix else {}
+            places |= {} if parts else {name: "cpu"}
+            for part, inner in parts.items():
+                layers = range(len(inner)) if isinstance(inner, nn.ModuleList) else ()
+                places |= {f"{name}.{part}.{at}": "disk" for at in layers} or {f"{name}.{part}": "cpu"}
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True,
+            local_files_only=True, device_map=places, output_loading_info=True,
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"{folder}: the model cannot be loaded: {error}") from error
+    _refuse_random(info, folder, tensors=len(expected))
+    return model.eval()
 
 
 def _four_bits(dtype: torch.dtype, device: torch.device | str) -> dict[str, Any]:
