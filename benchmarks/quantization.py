@@ -13,7 +13,6 @@ import json
 import os
 import resource
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -24,8 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from toolchain.evaluate import pictures
-from toolchain.gguf import convert, imatrix, llama_cpp, quantize
-from toolchain.gguf.llama_cpp import LlamaCpp, physical_cores
+from toolchain.gguf import convert, imatrix, llama_cpp, quantize, speed
 from toolchain.pipeline import host_cmake
 from toolchain.recipe import Card, Imatrix, Quantize
 from toolchain.reporter import Silent
@@ -102,30 +100,6 @@ def run_child(function: str, work: Path, out: Path, rest: Sequence[str]) -> None
     print(json.dumps({"seconds": seconds, "peak_bytes": peak, "metrics": metrics}))
 
 
-def bench(files: dict[str, Path], llama: LlamaCpp, rounds: int) -> dict[str, dict[str, list[float]]]:
-    """tokens/s by llama-bench, the files in turns."""
-    found: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in files}
-    for _ in range(rounds):
-        for name, path in files.items():
-            argv = [
-                str(llama.program("llama-bench")),
-                "-m",
-                str(path),
-                "-p",
-                "256",
-                "-n",
-                "64",
-                "-r",
-                "1",
-                "-o",
-                "json",
-            ]
-            ran = subprocess.run([*argv, "-t", str(physical_cores())], capture_output=True, text=True, check=True)
-            for test in json.loads(ran.stdout):
-                found[name]["prefill" if test["n_prompt"] else "decode"].append(test["avg_ts"])
-    return found
-
-
 def main() -> None:
     if sys.argv[1:2] == ["--child"]:
         run_child(sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]), sys.argv[5:])
@@ -173,7 +147,8 @@ def main() -> None:
     for name, form in allocation["held_out"]["forms"].items():
         print(
             f"  {name:18} {form['file_bytes']:>12,} bytes  {form['bits_per_weight']:6.3f} bits  KL {form['kl']:.5f}  "
-            f"p99 {form['kl_p99']:.4f}  same top {form['same_top']:.2%}  perplexity {form['perplexity']:.4f}"
+            f"p99 {form['kl_p99']:.4f}  same top {form['same_top']:.2%}  perplexity {form['perplexity']:.4f}  "
+            f"F1 {form['answer_f1']:.3f}"
         )
     searched = made / "searched.gguf"
     if allocation["taken"]:
@@ -183,13 +158,16 @@ def main() -> None:
         subprocess.run(
             [argv[0], *plan, *argv[1:], str(searched), "Q4_K_M"], cwd=made / "imatrix", check=True, capture_output=True
         )
-    speeds = bench({"stock": made / "stock" / quantize.OUTPUT, "error-aware": searched}, llama, given.rounds)
+    speeds = speed.in_turns(
+        {"stock": made / "stock" / quantize.OUTPUT, "error-aware": searched},
+        llama=llama, rounds=given.rounds, prompt_tokens=256, new_tokens=64, log=made / "speed.log", report=Silent(),
+    )  # fmt: skip
     for kind in ("prefill", "decode"):
-        median = {name: statistics.median(speed[kind]) for name, speed in speeds.items()}
-        ratio = statistics.median(
-            after / before for before, after in zip(speeds["stock"][kind], speeds["error-aware"][kind], strict=True)
-        )
-        print(f"{kind:8} tokens/s: stock {median['stock']:.1f}, error-aware {median['error-aware']:.1f}, × {ratio:.3f}")
+        for name, found in speed.summary(speeds, kind, against="stock").items():
+            print(
+                f"{kind:8} {name:12} {found['median']:8.1f} tokens/s ({found['least']:.1f} to {found['most']:.1f}), "
+                f"× {found['ratio']:.3f}"
+            )
     pictures.write(allocation, work)
     if given.json:
         found = {

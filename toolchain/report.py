@@ -42,11 +42,13 @@ def collect(pipeline: Pipeline) -> dict[str, Any]:
         hint = "run `toolchain run`; `toolchain plan` shows what is left"
         raise ArtifactError("nothing to report: evaluate is not done", hint=hint)
     ledger = _read(artifacts["evaluate"], "ledger.json")
+    searched = "held_out" in ledger["quantization"]["allocation"]
     return {
         "schema_version": SCHEMA_VERSION,
         "recipe": pipeline.recipe.name,
         "version": pipeline.recipe.version,
         "ledger": ledger,
+        "speed": _read(artifacts["quantize"], "speed.json") if searched else None,
         "compare": _read_if(artifacts, "compare", "compare.json"),
         "compare_timing": _read_if(artifacts, "compare", "timing.json"),
         "gates": [gate.as_dict() for gate in pipeline.gates()],
@@ -89,7 +91,7 @@ def render(data: dict[str, Any]) -> str:
         _markdown(_ledger_table(ledger)),
         _gain(ledger["gain"]),
         _gates(data["gates"]),
-        _quantization(ledger["quantization"]),
+        _quantization(ledger["quantization"], data["speed"]),
     ]
     if data["compare"] is not None:
         # One level down: its title is a part of this report.
@@ -160,7 +162,7 @@ def _gates(gates: list[dict[str, Any]]) -> str:
     return "## Gates\n\n" + "\n".join(lines)
 
 
-def _quantization(facts: dict[str, Any]) -> str:
+def _quantization(facts: dict[str, Any], speed: dict[str, Any] | None) -> str:
     types = ", ".join(f"{count} × {kind}" for kind, count in sorted(facts["tensor_types"].items()))
     stored = f"{facts['file_type']}: {facts['bits_per_weight']:.2f} bits per weight as stored"
     text = f"## Quantization\n\n{stored}. Tensors: {types}."
@@ -174,15 +176,16 @@ def _quantization(facts: dict[str, Any]) -> str:
         listed = ", ".join(f"{count} × {change}" for change, count in sorted(kinds.items()))
         text += f" Fell back to another type, since their rows are not divisible by 256: {listed}."
     allocation = facts["allocation"]
-    return text + _error_aware(allocation) if "held_out" in allocation else text
+    return text + _error_aware(allocation, speed or {"decode": {}}) if "held_out" in allocation else text
 
 
-def _error_aware(allocation: dict[str, Any]) -> str:
-    held_out = allocation["held_out"]
+def _error_aware(allocation: dict[str, Any], speed: dict[str, Any]) -> str:
+    decode, held_out = speed["decode"], allocation["held_out"]
     change, search = held_out["change"], allocation["search"]
     taken = "The error-aware file is the one that is shipped" if allocation["taken"] else "Stock is shipped"
     interval = "" if change["low"] is None else f" [{change['low']:+.5f}, {change['high']:+.5f}]"
-    head = ("form", "MB", "bits per weight", "KL to 16-bit", "99th percentile", "same top", "perplexity")
+    head = ("form", "MB", "bits per weight", "KL to 16-bit", "99th percentile", "same top", "perplexity", "F1",
+            "decode, tokens/s", "÷ stock")  # fmt: skip
     rows = [
         (
             name,
@@ -192,16 +195,23 @@ def _error_aware(allocation: dict[str, Any]) -> str:
             f"{form['kl_p99']:.4f}",
             f"{form['same_top']:.2%}",
             f"{form['perplexity']:.4f}",
+            f"{form['answer_f1']:.3f}",
+            *(_speed(decode[name]) if name in decode else ("", "")),
         )
         for name, form in held_out["forms"].items()
     ]
     text = (
         f"{taken}: KL to 16-bit {change['difference']:+.5f}{interval} against stock with the same importance matrix "
         f"({change['share']:+.1%}), {held_out['rows']} held-out rows, {held_out['answer_tokens']} tokens, in nats per "
-        f"token. {search['trials']} whole plans were measured. plan.txt names every tensor's type; pictures lie beside "
-        "this report."
+        f"token. F1 is that of greedy answers to the teacher's, on {held_out['answered']} of them. Speed is this "
+        f"host's, in turns: median, least to most. {search['trials']} whole plans were measured. plan.txt names every "
+        "tensor's type; pictures lie beside this report."
     )
     return f"\n\n{text}\n\n{_markdown((head, rows))}"
+
+
+def _speed(found: dict[str, Any]) -> tuple[str, str]:
+    return f"{found['median']:.1f} ({found['least']:.1f} to {found['most']:.1f})", f"{found['ratio']:.3f}"
 
 
 def _smoke(smoke: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from toolchain.gguf.llama_cpp import LlamaCpp
 from toolchain.gguf.overlay import Divergence, open_overlay
 from toolchain.recipe import Quantize
 from toolchain.reporter import Silent
+from toolchain.teacher.gguf_decode import greedy_texts
 
 pytestmark = [pytest.mark.stages, pytest.mark.llama_cpp]
 
@@ -42,7 +44,10 @@ def made(llama: LlamaCpp, tmp_path_factory: pytest.TempPathFactory) -> quantize.
         for at, ids in enumerate(random.integers(4, 500, (40, 32)))
     ]
     write_rows(root / "train.jsonl", rows[:24])
-    write_rows(root / "held_out.jsonl", rows[24:])
+    # What the 16-bit model itself would answer, so that a score of it is known.
+    answers = greedy_texts(root / convert.OUTPUT, rows[24:], llama=llama, report=Silent())
+    held_out = [replace(row, answer=answer) for row, answer in zip(rows[24:], answers, strict=True)]
+    write_rows(root / "held_out.jsonl", held_out)
     matrix = to_matrix(root / convert.OUTPUT, root / "train.jsonl", model, llama, root)
     return quantize.Inputs(root / convert.OUTPUT, matrix, root / "train.jsonl", root / "held_out.jsonl")
 
@@ -127,11 +132,17 @@ def test_the_search_loses_less_than_stock_in_no_more_bytes(done: Path, made: qua
     assert forms["error-aware"]["kl"] < forms["stock"]["kl"]
     assert forms["16-bit"]["kl"] == 0
     assert forms["16-bit"]["same_top"] == 1
+    assert forms["16-bit"]["answer_f1"] == 1
+    assert 0 <= forms["stock, no matrix"]["answer_f1"] < 1
+    speed = json.loads((done / quantize.SPEED).read_text())["decode"]
+    assert list(speed) == ["16-bit", "stock", "error-aware"]
+    assert all(len(found["samples"]) == 5 and min(found["samples"]) > 0 for found in speed.values())
+    assert speed["stock"]["ratio"] == 1
     assert forms["error-aware"]["kl"] < forms["error-aware"]["kl_p99"]
     assert forms["stock, no matrix"]["file_bytes"] < forms["stock"]["file_bytes"]  # the matrix's name is in the other
     assert record["file_bytes"] == (done / quantize.OUTPUT).stat().st_size <= forms["stock"]["file_bytes"]
     assert sorted(path.name for path in done.iterdir() if path.is_file()) == sorted(
-        [quantize.OUTPUT, quantize.RECORD, quantize.PLAN]
+        [quantize.OUTPUT, quantize.RECORD, quantize.PLAN, quantize.SPEED]
     )
     facts = read_facts(done / quantize.OUTPUT)
     assert {tensor.name: tensor.type for tensor in facts.tensors if tensor.type != "F32"} == allocation["plan_types"]

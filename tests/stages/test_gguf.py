@@ -111,6 +111,18 @@ def test_the_gguf_predicts_what_the_checkpoint_predicts(
     assert all(np.array_equal(one, other) for one, other in zip(found, again, strict=True))
 
 
+def test_an_answers_text_is_that_of_the_checkpoints_tokenizer(
+    checkpoint: Path, converted: Path, llama: LlamaCpp
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    with score.open_vocabulary(converted, llama=llama) as vocabulary:
+        for text in ("", "Use scp", "Größe 🚀 and more than sixteen bytes of text", " two  spaces\n\tand a tab"):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            assert vocabulary.decode([*ids, tokenizer.eos_token_id]) == text
+
+
 def test_a_rows_ids_beyond_the_vocabulary_are_refused(converted: Path, llama: LlamaCpp) -> None:
     row = Row("9", (), "", (1, 2), (520,), "length")
     with pytest.raises(errors.ModelError, match="520 tokens, a row has token 520"):

@@ -1,5 +1,7 @@
 """16-bit GGUF + importance matrix → quantized GGUF. Writes model.gguf and quantize.json, which says what it really is.
 
+With a search also plan.txt, and speed.json: tokens/s of the forms that were compared, which differ from run to run.
+
 Which tensor gets which type is for llama-quantize to say, for a plan, or searched for ("error-aware", see search.py);
 llama-quantize writes the file in any case. A searched plan is in plan.txt, and can be given to it by hand.
 
@@ -22,8 +24,9 @@ from toolchain import process
 from toolchain.data.rows import Row, read_rows
 from toolchain.disk import require_free
 from toolchain.errors import ExternalToolError, RecipeError
+from toolchain.evaluate.answer_scores import token_f1
 from toolchain.evaluate.bootstrap import paired_interval
-from toolchain.gguf import imatrix, score, search
+from toolchain.gguf import imatrix, score, search, speed
 from toolchain.gguf.ggml import read_importance
 from toolchain.gguf.header import GgufFacts, read_facts
 from toolchain.gguf.llama_cpp import LlamaCpp, physical_cores
@@ -34,6 +37,11 @@ from toolchain.reporter import Reporter, bar
 OUTPUT = "model.gguf"
 RECORD = "quantize.json"
 PLAN = "plan.txt"
+SPEED = "speed.json"
+ANSWERED = 32
+"""Held-out questions that every form answers."""
+_ROUNDS, _NEW_TOKENS = 5, 64
+"""Of llama-bench."""
 FULL, NO_MATRIX, STOCK, ERROR_AWARE = "16-bit", "stock, no matrix", "stock", "error-aware"
 Logprobs = npt.NDArray[np.float32]
 
@@ -226,6 +234,15 @@ def _error_aware(
     files = {FULL: inputs.gguf, NO_MATRIX: plain, STOCK: other, ERROR_AWARE: target}
     held_out = _held_out(inputs, files, llama, report)
     plain.unlink()
+    timed = {name: files[name] for name in (FULL, STOCK, ERROR_AWARE)}
+    samples = speed.in_turns(
+        timed, llama=llama, rounds=_ROUNDS, prompt_tokens=0, new_tokens=_NEW_TOKENS, log=out / "logs" / "speed.log",
+        report=report,
+    )  # fmt: skip
+    decode = speed.summary(samples, "decode", against=STOCK)
+    (out / SPEED).write_text(
+        json.dumps({"new_tokens": _NEW_TOKENS, "decode": decode}, indent=1) + "\n", encoding="utf-8"
+    )
     resized = settings.target_bytes is not None or settings.target_bits is not None
     high = held_out["change"]["high"]
     taken = resized or (high is not None and high < 0 and made.file_bytes <= stock.file_bytes)
@@ -270,6 +287,8 @@ def _check_budget(settings: Quantize, budget: int, least: int) -> None:
 def _held_out(inputs: Inputs, files: Mapping[str, Path], llama: LlamaCpp, report: Reporter) -> dict[str, Any]:
     """What each file loses against the first over the held-out answers, as llama.cpp runs it, and what the last gains
     on STOCK, with its interval."""
+    from toolchain.teacher.gguf_decode import greedy_texts
+
     assert inputs.held_out is not None
     rows = read_rows(inputs.held_out)
     sums = {name: _Sums() for name in files}
@@ -284,14 +303,27 @@ def _held_out(inputs: Inputs, files: Mapping[str, Path], llama: LlamaCpp, report
     tokens = np.array([len(row.answer_ids) for row in rows])
     before, after = (np.array([kl.mean() for kl in sums[name].kl]) for name in (STOCK, ERROR_AWARE))
     low, high = paired_interval(after - before, tokens) or (None, None)
-    figures = {name: sums[name].figures(read_facts(path)) for name, path in files.items()}
+    asked = rows[:ANSWERED]
+    figures = {
+        name: {
+            **sums[name].figures(read_facts(path)),
+            "answer_f1": _answer_f1(greedy_texts(path, asked, llama=llama, report=report), asked),
+        }
+        for name, path in files.items()
+    }
     change = figures[ERROR_AWARE]["kl"] - figures[STOCK]["kl"]
     return {
         "forms": figures,
         "change": {"difference": change, "low": low, "high": high, "share": change / figures[STOCK]["kl"]},
         "rows": len(rows),
+        "answered": len(asked),
         "answer_tokens": int(tokens.sum()),
     }
+
+
+def _answer_f1(texts: Sequence[str], rows: Sequence[Row]) -> float:
+    """Mean token F1 of the answers to the teacher's."""
+    return float(np.mean([token_f1(text, row.answer) for text, row in zip(texts, rows, strict=True)]))
 
 
 class _Sums:

@@ -123,6 +123,17 @@ class Vocabulary:
             raise ModelError(f"llama.cpp cannot tokenize {text[:80]!r} ({count})")
         return list(ids[:count])
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of an answer, without its special tokens."""
+        tokens = (ctypes.c_int32 * len(ids))(*ids)
+        room = 16
+        while True:
+            text = ctypes.create_string_buffer(room)
+            count = self._lib.llama_detokenize(self._vocab, tokens, len(ids), text, room, True, False)
+            if count >= 0:
+                return text.raw[:count].decode("utf-8", "replace")
+            room = -count
+
     def control_tokens(self) -> dict[int, str]:
         """Ids that llama.cpp reads as one token wherever their text stands, and that text: a GGUF's control tokens, and
         those of its vocabulary that look like one ("</s>"), whatever the GGUF says of them."""

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from toolchain.data.answers import Candidate
-from toolchain.data.rows import Finish
+from toolchain.data.rows import Finish, Row
 from toolchain.errors import HostError, ModelError
 from toolchain.gguf import score
 from toolchain.gguf.llama_cpp import LlamaCpp, physical_cores
@@ -30,6 +30,9 @@ _BATCH = 512
 """Tokens per llama_decode call: llama.cpp's own n_ubatch."""
 _CELLS = 256
 """llama.cpp rounds the context of a sequence up to this many tokens."""
+
+
+_GREEDY_BATCH = 16
 
 
 @dataclass
@@ -87,6 +90,19 @@ def answer(
         **speed(answers=len(missing), tokens=tokens, seconds=seconds),
         "answers_resumed": resumed,
     }
+
+
+def greedy_texts(gguf: Path, rows: Sequence[Row], *, llama: LlamaCpp, report: Reporter) -> list[str]:
+    """What the model answers to each row's prompt, its likeliest token each time, in at most the row's own length."""
+    prompts = [Prompt(at, row.id, row.messages, row.prompt_ids, len(row.answer_ids), 0) for at, row in enumerate(rows)]
+    settings = Generate(sampling_temperature=0.0, batch_size=_GREEDY_BATCH)
+    found: dict[int, tuple[int, ...]] = {}
+    with bar(report, f"answers by {gguf.name}", total=len(rows), unit="answer") as task:
+        for prompt, (ids, _) in _Decoder(settings, gguf, llama, physical_cores(), (), report).answers(prompts):
+            found[prompt.number] = ids
+            task.advance()
+    with score.open_vocabulary(gguf, llama=llama) as vocabulary:
+        return [vocabulary.decode(found[prompt.number]) for prompt in prompts]
 
 
 class _Decoder:
