@@ -16,7 +16,9 @@ from toolchain import __version__
 from toolchain.errors import RecipeError, ToolchainError
 
 if TYPE_CHECKING:
+    from toolchain.gguf.llama_cpp import LlamaCpp
     from toolchain.runner import Pipeline
+    from toolchain.target import TargetProfile
 
 # The pipeline's stages, told here again so that --help need not import it; a test compares the two.
 VERBS = {
@@ -249,31 +251,80 @@ def llama_cpp_group() -> None:
 
 
 @llama_cpp_group.command("build")
-@click.option("--target", default=None, help="For this target; default: this host.")
 @quiet_option
-def llama_cpp_build(target: str | None, quiet: bool) -> None:
+def llama_cpp_build(quiet: bool) -> None:
     """Fetch the pinned source and build it into the cache, once. Needs the network the first time."""
     from toolchain.gguf import llama_cpp
-    from toolchain.pipeline import host_target
-    from toolchain.target import read_target
+    from toolchain.pipeline import host_cmake
     from toolchain.terminal import Terminal
 
-    profile = read_target(target) if target else host_target()
     with Terminal(quiet=quiet) as terminal:
-        built = llama_cpp.build(profile.runtime.cmake, report=terminal)
+        built = llama_cpp.build(host_cmake(), report=terminal)
     click.echo(built.root)
 
 
 @llama_cpp_group.command("where")
-@click.option("--target", default=None, help="For this target; default: this host.")
-def llama_cpp_where(target: str | None) -> None:
+def llama_cpp_where() -> None:
     """Print the folder of the build; exit 1 when it is not built."""
     from toolchain.gguf import llama_cpp
-    from toolchain.pipeline import host_target
+    from toolchain.pipeline import host_cmake
+
+    click.echo(llama_cpp.find(host_cmake()).root)
+
+
+@cli.group("runtime", cls=_Ordered)
+def runtime_group() -> None:
+    """What serves on a device: llama-server and llama-bench for a target, built and checked, or where they are."""
+
+
+one_target_option = click.option(
+    "--target", required=True, help="A target of targets/, or the path of a profile of your own."
+)
+
+
+@runtime_group.command("build")
+@one_target_option
+@quiet_option
+def runtime_build(target: str, quiet: bool) -> None:
+    """Build the pinned llama.cpp for a target into the cache, once, and check it. Prints the folder.
+
+    Checked: processor and instructions, glibc, alignment to pages, libraries that the device would lack.
+    """
+    from toolchain.gguf import llama_cpp
+    from toolchain.target import read_target
+    from toolchain.terminal import Terminal
+
+    profile = read_target(target)
+    with Terminal(quiet=quiet) as terminal:
+        built = llama_cpp.build(profile.runtime.cmake, report=terminal)
+        terminal.line(_checked(built, profile))
+    click.echo(built.root)
+
+
+@runtime_group.command("where")
+@one_target_option
+def runtime_where(target: str) -> None:
+    """Check what was built for a target again, and print its folder; exit 1 when it is not built."""
+    from toolchain.gguf import llama_cpp
     from toolchain.target import read_target
 
-    profile = read_target(target) if target else host_target()
-    click.echo(llama_cpp.find(profile.runtime.cmake).root)
+    profile = read_target(target)
+    built = llama_cpp.find(profile.runtime.cmake)
+    click.echo(_checked(built, profile), err=True)
+    click.echo(built.root)
+
+
+def _checked(built: "LlamaCpp", profile: "TargetProfile") -> str:
+    import tempfile
+
+    from toolchain.bundle import runtime
+
+    with tempfile.TemporaryDirectory() as folder:
+        facts = runtime.collect(built, profile, Path(folder, "bin"))
+    return (
+        f"{profile.name}: {len(facts.files)} files, {facts.bytes / 1e6:.1f} MB, glibc {facts.glibc_needed}, "
+        f"pages of up to {facts.segment_alignment} bytes"
+    )
 
 
 class _Terminated(BaseException):

@@ -75,6 +75,8 @@ class Stage:
     inputs: Callable[[Recipe], dict[str, Source]]
     version: int = 1
     per_target: bool = False
+    on_device: bool = False
+    """Whether it runs the bundle, which only a machine like the target can."""
     uses_llama_cpp: Callable[[Recipe], bool] = lambda _: False
     wanted: Callable[[Recipe], bool] = lambda _: True
     """Whether the way of this recipe goes through the stage."""
@@ -819,6 +821,7 @@ STAGES: tuple[Stage, ...] = (
         settings=lambda recipe, target: SmokeSettings(target=_target(target).name),
         inputs=lambda recipe: {"bundle": Made("bundle", "")},
         per_target=True,
+        on_device=True,
     ),
     Stage(
         "bench",
@@ -829,6 +832,7 @@ STAGES: tuple[Stage, ...] = (
         ),
         inputs=lambda recipe: {"bundle": Made("bundle", "")},
         per_target=True,
+        on_device=True,
     ),
 )
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
@@ -859,11 +863,18 @@ class Step:
 
 
 def steps(recipe: Recipe, targets: tuple[str, ...] | None = None) -> list[Step]:
-    """Every step of a recipe, in order; `targets` narrows those of the recipe."""
+    """Every step of a recipe, in order; `targets` narrows those of the recipe.
+
+    What has to run on a device is left out for one that this host is not like.
+    """
     profiles = [read_target(name) for name in (targets or recipe.bundle.targets)]
     result = []
     for stage in STAGES:
         if not stage.wanted(recipe):
             continue
-        result += [Step(stage, profile) for profile in profiles] if stage.per_target else [Step(stage)]
+        if not stage.per_target:
+            result.append(Step(stage))
+            continue
+        here = [profile for profile in profiles if not stage.on_device or profile.arch == platform.machine()]
+        result += [Step(stage, profile) for profile in here]
     return result

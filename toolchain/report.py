@@ -1,6 +1,7 @@
 """What the run showed: ledger, gates and device figures, as report.json, report.md and text for the screen."""
 
 import json
+import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ def collect(pipeline: Pipeline) -> dict[str, Any]:
         "targets": {
             step.target.name: {
                 "bundle": str(artifacts[step.name].path),
+                "elsewhere": step.target.arch != platform.machine(),
                 "smoke": _read_if(artifacts, f"smoke[{step.target.name}]", "smoke.json"),
                 "bench": _read_if(artifacts, f"bench[{step.target.name}]", "results.json"),
             }
@@ -98,6 +100,11 @@ def render(data: dict[str, Any]) -> str:
         parts.append(compare_text.render(data["compare"], data["compare_timing"]).replace("# ", "## ").strip())
     for target, found in data["targets"].items():
         parts.append(f"## {target}\n\nBundle: {found['bundle']}")
+        if found["elsewhere"]:
+            parts.append(
+                "Not tried and not measured: it is for another processor. On the device: `./edgectl smoke`, then "
+                "`./edgectl bench`."
+            )
         if found["smoke"] is not None:
             parts.append(_smoke(found["smoke"]))
         if found["bench"] is not None:

@@ -1,9 +1,11 @@
 """TargetProfile: one device, as data. Adding a device adds a file to targets/, not an `if`."""
 
+import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import AfterValidator, Field, StringConstraints
 
 from toolchain.errors import RecipeError
 from toolchain.recipe import Name
@@ -11,6 +13,28 @@ from toolchain.resources import resource
 from toolchain.settings import Settings, read_toml
 
 CmakeName = Annotated[str, StringConstraints(pattern=r"^[A-Z][A-Z0-9_]*$")]
+
+
+def _compiles(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"no regular expression: {error}") from None
+    return pattern
+
+
+Pattern = Annotated[str, AfterValidator(_compiles)]
+
+
+class Isa(Settings):
+    """What compiled code may not use and what it must, as objdump's disassembly shows it."""
+
+    forbidden: dict[str, Pattern] = Field(default_factory=dict)
+    """A name for people → a regular expression that no line of any program or library may match."""
+    required: dict[str, Pattern] = Field(default_factory=dict)
+    """The same, which some line of every program must match: the fast kernels are there."""
+    chosen_at_run_time: tuple[str, ...] = ()
+    """File names, with wildcards, that are loaded only where the processor can run them: not looked at."""
 
 
 class Runtime(Settings):
@@ -22,6 +46,9 @@ class Runtime(Settings):
     """The compute backend that llama-server must report, as in its log: "CPU", "CUDA"."""
     glibc_floor: Annotated[str, StringConstraints(pattern=r"^\d+\.\d+$")]
     """Newest glibc the binaries may ask for."""
+    page_bytes: Literal[4096, 16384, 65536] = 4096
+    """Largest pages that the device's kernel may have; programs must be aligned to them."""
+    isa: Isa = Isa()
 
 
 class Server(Settings):
@@ -42,6 +69,8 @@ class TargetProfile(Settings):
     name: Name
     description: str
     arch: Literal["x86_64", "aarch64"]
+    memory_mib: int | None = Field(None, ge=64)
+    """Of the smallest board that is meant; left out: any. Model, cache and server must fit into it."""
     runtime: Runtime
     server: Server = Server()
 
@@ -52,11 +81,21 @@ def targets() -> dict[str, Path]:
 
 
 def read_target(name: str) -> TargetProfile:
-    """Read the profile called `name`. Raises RecipeError, naming those there are."""
-    known = targets()
-    if name not in known:
-        raise RecipeError(f"no target '{name}'", hint=f"targets: {', '.join(known)}; each is a file in targets/")
-    profile = read_toml(known[name], TargetProfile)
-    if profile.name != name:
-        raise RecipeError(f"{known[name]}: name is '{profile.name}', the file says '{name}'")
+    """Read the profile called `name`, or the one in the file `name` if that ends in ".toml".
+
+    Raises RecipeError, naming the profiles there are.
+    """
+    if name.endswith(".toml"):
+        path = Path(name)
+    else:
+        known = targets()
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean '{near[0]}'? " if near else ""
+            hint += f"targets: {', '.join(known)}; your own: the path of a file such as those in targets/"
+            raise RecipeError(f"no target '{name}'", hint=hint)
+        path = known[name]
+    profile = read_toml(path, TargetProfile)
+    if profile.name != path.stem:
+        raise RecipeError(f"{path}: name is '{profile.name}', the file says '{path.stem}'")
     return profile

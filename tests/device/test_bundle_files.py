@@ -246,6 +246,15 @@ def test_a_file_that_is_no_gguf_is_refused(make: Make, tmp_path: Path) -> None:
         make(gguf=other)
 
 
+def test_a_model_that_does_not_fit_the_boards_memory_is_refused_with_what_takes_it(make: Make) -> None:
+    board = target().model_copy(update={"memory_mib": 258})
+    with pytest.raises(
+        ModelError, match=r"needs 259 MiB on the device: 2 for the weights, 1 for a context of 1024 tok"
+    ):
+        make(target=board, settings=build.BundleSettings(name="tiny", version="1.0", context=1024))
+    make("fits", target=board, settings=build.BundleSettings(name="tiny", version="1.0", context=128))
+
+
 def test_a_context_longer_than_the_models_is_refused(make: Make) -> None:
     with pytest.raises(ModelError, match="made for 1024 tokens, 4096 are asked for"):
         make(settings=build.BundleSettings(name="tiny", version="1.0", context=4096))

@@ -1,5 +1,6 @@
 """Reading what a program asks of the machine it runs on."""
 
+import json
 import platform
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ pytest.importorskip("elftools")
 
 from toolchain.bundle import runtime
 from toolchain.errors import ExternalToolError, HostError
-from toolchain.target import read_target
+from toolchain.target import TargetProfile, read_target
 
 gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc")
 
@@ -50,3 +51,59 @@ def test_a_text_is_not_a_program(tmp_path: Path) -> None:
     path.write_text("#!/bin/sh\n")
     with pytest.raises(ExternalToolError, match="not a program or library"):
         runtime.read_elf(path)
+
+
+def host(tmp_path: Path, **isa: dict[str, str]) -> TargetProfile:
+    """A made-up profile for this host's processor, from a file of its own."""
+    rules = "".join(
+        f"[runtime.isa.{kind}]\n" + "".join(f"{json.dumps(name)} = '{rule}'\n" for name, rule in found.items())
+        for kind, found in isa.items()
+    )
+    (tmp_path / "fourth.toml").write_text(
+        f'name = "fourth"\ndescription = "made up"\narch = "{platform.machine()}"\n'
+        f'[runtime]\nbackend = "CPU"\nglibc_floor = "9.9"\npage_bytes = 16384\n[runtime.cmake]\n{rules}'
+    )
+    return read_target(str(tmp_path / "fourth.toml"))
+
+
+@gcc
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="AVX is x86's")
+def test_an_instruction_that_the_target_lacks_is_found_and_shown(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    source = tmp_path / "b.c"
+    source.write_text("void add(float *a) { for (int i = 0; i < 64; i++) a[i] += 1; }\nint main(void) { return 0; }\n")
+    target = host(tmp_path, forbidden={"AVX": "%[yz]mm[0-9]"})
+    for options, name in (([], "plain"), (["-mavx"], "avx")):
+        subprocess.run(["gcc", "-O3", *options, str(source), "-o", str(tmp_path / "bin" / name)], check=True)
+        if name == "plain":
+            runtime.check_isa(tmp_path / "bin", target)
+    with pytest.raises(HostError, match=r"avx uses AVX, which the target fourth does not have: .*%ymm"):
+        runtime.check_isa(tmp_path / "bin", target)
+
+
+@gcc
+def test_programs_without_the_kernels_that_the_target_wants_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    compile_program(tmp_path).rename(tmp_path / "bin" / "llama-server")
+    with pytest.raises(HostError, match="llama-server makes no use of the dot product"):
+        runtime.check_isa(tmp_path / "bin", host(tmp_path, required={"the dot product": "\\bvpdpbusd\\b"}))
+
+
+@gcc
+def test_what_was_looked_at_and_passed_is_not_looked_at_again_until_it_changes(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    compile_program(tmp_path).rename(tmp_path / "bin" / "a")
+    proven = tmp_path / "isa.json"
+    target = host(tmp_path, forbidden={"nothing": "no such text"})
+    runtime.check_isa(tmp_path / "bin", target, proven=proven)
+    assert proven.is_file()
+    other = host(tmp_path, forbidden={"returning": "\\bret"})
+    with pytest.raises(HostError, match="a uses returning"):
+        runtime.check_isa(tmp_path / "bin", other, proven=proven)
+
+
+@gcc
+def test_programs_that_large_pages_cannot_map_are_refused(tmp_path: Path) -> None:
+    elf = runtime.read_elf(compile_program(tmp_path, "-Wl,-z,max-page-size=4096"))
+    with pytest.raises(HostError, match="a is aligned to 4096 bytes, the target fourth may have pages of 16384"):
+        runtime._check("a", elf, host(tmp_path), set())

@@ -1,6 +1,7 @@
 """The command line as a user meets it: help, errors, exit codes."""
 
 import json
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from toolchain import cli
-from toolchain.pipeline import STAGE_NAMES
+from toolchain.pipeline import STAGE_NAMES, steps
+from toolchain.recipe import read_recipe
 
 HEAVY = ("torch", "transformers", "pydantic", "numpy", "rich", "gguf")
 
@@ -38,11 +40,21 @@ def test_the_verbs_are_the_stages_in_their_order() -> None:
 def test_help_names_every_verb_and_imports_nothing_heavy() -> None:
     done = toolchain("--help")
     assert done.returncode == 0
-    for verb in (*STAGE_NAMES, "run", "plan", "report", "init", "schema", "doctor", "llama-cpp"):
+    for verb in (*STAGE_NAMES, "run", "plan", "report", "init", "schema", "doctor", "llama-cpp", "runtime"):
         assert f"\n  {verb} " in done.stdout
     probe = "import sys, toolchain.cli; print([name for name in sys.argv[1:] if name in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", probe, *HEAVY], capture_output=True, text=True, check=True)
     assert loaded.stdout.strip() == "[]"
+
+
+def test_what_runs_on_a_device_is_left_out_for_one_that_this_host_is_not_like(recipe: Path) -> None:
+    elsewhere = "rpi5" if platform.machine() == "x86_64" else "x86-cpu"
+    read = read_recipe(recipe, {})
+    names = [step.name for step in steps(read, ("x86-cpu", "rpi5"))]
+    assert {"bundle[x86-cpu]", "bundle[rpi5]"} <= set(names)
+    assert f"smoke[{elsewhere}]" not in names
+    assert f"bench[{elsewhere}]" not in names
+    assert len([name for name in names if name.startswith("smoke")]) == 1
 
 
 def test_a_users_mistake_is_an_error_and_a_hint_without_a_traceback(tmp_path: Path, recipe: Path) -> None:

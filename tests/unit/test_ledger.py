@@ -207,6 +207,7 @@ def a_report(fallbacks: list[dict[str, Any]], *, by_kl: bool = True, rows: int =
             "gain": asdict(ledger.gain_of(row, row)),
             "quantization": quantization,
         },
+        "speed": None,
         "compare": None,
         "gates": [{"name": "KL", "value": 0.6, "limit": 0.5, "passed": False}],
         "targets": {},

@@ -294,10 +294,35 @@ def test_every_target_loads(name: str) -> None:
 
 
 def test_the_sweep_found_the_targets() -> None:
-    assert "x86-cpu" in targets()
+    assert {"x86-cpu", "rpi5"} <= set(targets())
 
 
 def test_an_unknown_target_names_those_there_are() -> None:
     with pytest.raises(RecipeError) as caught:
         read_target("vax")
     assert "x86-cpu" in str(caught.value.hint)
+    with pytest.raises(RecipeError) as caught:
+        read_target("rpi-5")
+    assert "did you mean 'rpi5'?" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("memory_mib = 10", "memory_mib"),
+        ("[runtime]\npage_bytes = 5000", "page_bytes"),
+        ("[runtime.isa.forbidden]\nAVX = '('", "no regular expression"),
+        ("colour = 1", "unknown key 'colour'"),
+    ],
+)
+def test_a_profile_that_cannot_be_is_refused(tmp_path: Path, line: str, says: str) -> None:
+    text = targets()["x86-cpu"].read_text().partition("[runtime.isa]")[0]
+    if line.startswith("[runtime]"):
+        text = text.replace("[runtime]\n", f"{line}\n")
+    elif line.startswith("["):
+        text += line
+    else:
+        text = f"{line}\n{text}"
+    (tmp_path / "x86-cpu.toml").write_text(text)
+    with pytest.raises(RecipeError, match=says):
+        read_target(str(tmp_path / "x86-cpu.toml"))

@@ -70,6 +70,7 @@ def run(
 
     facts = read_facts(gguf)
     _check_model(facts, gguf, settings, target)
+    _check_memory(facts, gguf, settings, target)
     _check_golden(golden, settings, target)
     folder = out / f"{settings.name}-{settings.version}-{target.name}"
     folder.mkdir()
@@ -163,6 +164,31 @@ def _check_model(facts: "GgufFacts", gguf: Path, settings: BundleSettings, targe
         raise ModelError(
             f"{gguf}: the model was made for {facts.context_length} tokens, {settings.context} are asked for",
             hint="lower bundle.context",
+        )
+
+
+def _check_memory(facts: "GgufFacts", gguf: Path, settings: BundleSettings, target: TargetProfile) -> None:
+    """Weights, keys and values of the whole context in 16 bits, and the server's own share, in the target's memory."""
+    if target.memory_mib is None:
+        return
+    from toolchain.gguf.header import read_metadata
+
+    known = read_metadata(gguf)
+
+    def number(key: str) -> int:
+        value = known.get(f"{facts.architecture}.{key}")
+        return max(value) if isinstance(value, list) else int(value or 0)
+
+    heads = number("attention.head_count")
+    width = number("attention.key_length") or number("embedding_length") // max(heads, 1)
+    cache = 4 * number("block_count") * (number("attention.head_count_kv") or heads) * width * settings.context
+    needed = facts.file_bytes + cache + layout.SERVER_BYTES
+    if needed > target.memory_mib << 20:
+        raise ModelError(
+            f"{gguf}: needs {needed / 2**20:.0f} MiB on the device: {facts.file_bytes / 2**20:.0f} for the weights, "
+            f"{cache / 2**20:.0f} for a context of {settings.context} tokens, {layout.SERVER_BYTES >> 20} for the "
+            f"server; {target.name} has {target.memory_mib}",
+            hint="lower bundle.context, take a smaller quantize.file_type, or write a profile with more memory_mib",
         )
 
 

@@ -3,6 +3,11 @@
 glibc's symbol versions and the ELF fields are described in the System V ABI and the Linux Standard Base.
 """
 
+import fnmatch
+import hashlib
+import json
+import platform
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -22,6 +27,8 @@ COMPILER_LIBRARIES = ("libstdc++.so.6", "libgcc_s.so.1")
 """Taken along from the build host: an older device may have older ones, or none."""
 _GLIBC = {"libc.so.6", "libm.so.6", "libdl.so.2", "libpthread.so.0", "librt.so.1"}
 _LOADERS = ("ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1")
+_OBJDUMP_BYTES = 8 << 20
+"""Of disassembly that is searched at a time."""
 _MACHINE = {"EM_X86_64": "x86_64", "EM_AARCH64": "aarch64"}
 
 
@@ -122,6 +129,7 @@ def collect(llama: LlamaCpp, target: TargetProfile, out: Path) -> RuntimeFacts:
     elves = {path.name: read_elf(path) for path in sorted(out.iterdir())}
     for name, elf in elves.items():
         _check(name, elf, target, set(elves))
+    check_isa(out, target, proven=llama.root / "isa.json")
     newest = max(elf.glibc for elf in elves.values())
     return RuntimeFacts(
         files=tuple(elves),
@@ -188,6 +196,12 @@ def _check(name: str, elf: Elf, target: TargetProfile, present: set[str]) -> Non
             f"{target.runtime.glibc_floor}",
             hint="build on a system whose glibc is no newer than the target's, such as docker/llama-cpp",
         )
+    if elf.alignment < target.runtime.page_bytes:
+        raise HostError(
+            f"{name} is aligned to {elf.alignment} bytes, the target {target.name} may have pages of "
+            f"{target.runtime.page_bytes}",
+            hint="build with -Wl,-z,max-page-size=65536 in CMAKE_EXE_LINKER_FLAGS and CMAKE_SHARED_LINKER_FLAGS",
+        )
     missing = sorted(set(elf.needed) - present - _GLIBC - set(_LOADERS))
     if missing:
         raise HostError(f"{name} needs {', '.join(missing)}, which is neither in the bundle nor in glibc")
@@ -197,3 +211,71 @@ def _check(name: str, elf: Elf, target: TargetProfile, present: set[str]) -> Non
             f"{name} looks for libraries in {', '.join(repr(entry) for entry in outside)}",
             hint="build with CMAKE_BUILD_RPATH_USE_ORIGIN = true",
         )
+
+
+def check_isa(folder: Path, target: TargetProfile, *, proven: Path | None = None) -> None:
+    """Disassemble what is in `folder` and hold it against `target.runtime.isa`.
+
+    `proven`, a file, remembers what was looked at and passed: digests of the files, by those of the rules. Raises
+    HostError that names file, instruction and rule, or a disassembler that is missing.
+    """
+    isa = target.runtime.isa
+    if not isa.forbidden and not isa.required:
+        return
+    files = [path for path in sorted(folder.iterdir()) if not _matches(path.name, isa.chosen_at_run_time)]
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    passed = {"rules": isa.model_dump(mode="json"), "files": digests}
+    if proven is not None and proven.is_file() and json.loads(proven.read_text(encoding="utf-8")) == passed:
+        return
+    for path in files:
+        seen = _search_code(path, target)
+        for name in isa.forbidden:
+            if name in seen:
+                raise HostError(
+                    f"{path.name} uses {name}, which the target {target.name} does not have: {seen[name]}",
+                    hint="build for the target's processor: GGML_NATIVE = false, and its own architecture in the flags",
+                )
+        lost = [name for name in isa.required if name not in seen] if path.name in PROGRAMS else []
+        if lost:
+            raise HostError(
+                f"{path.name} makes no use of {lost[0]}, which the target {target.name} has",
+                hint="build for the target's processor, such as by GGML_CPU_ARM_ARCH",
+            )
+    if proven is not None:
+        try:
+            proven.write_text(json.dumps(passed) + "\n", encoding="utf-8")
+        except OSError:
+            return  # a cache that is not ours to write: it is looked at again the next time
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
+
+def _search_code(path: Path, target: TargetProfile) -> dict[str, str]:
+    """Rule → the first line of the disassembly that matches it."""
+    wanted = {**target.runtime.isa.forbidden, **target.runtime.isa.required}
+    patterns = {name: re.compile(pattern, re.MULTILINE) for name, pattern in wanted.items()}
+    found: dict[str, str] = {}
+    argv = [_objdump(target), "--disassemble", "--no-show-raw-insn", str(path)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stderr is not None
+        while text := child.stdout.read(_OBJDUMP_BYTES):
+            text += child.stdout.readline()
+            for name, pattern in patterns.items():
+                if name not in found and (match := pattern.search(text)):
+                    start, end = text.rfind("\n", 0, match.start()) + 1, text.find("\n", match.end())
+                    found[name] = " ".join(text[start:end].split())
+        said = child.stderr.read().strip()
+    if child.returncode:
+        raise ExternalToolError(f"{argv[0]} cannot read {path}: {said}")
+    return found
+
+
+def _objdump(target: TargetProfile) -> str:
+    for name in (f"{target.arch}-linux-gnu-objdump", "objdump" if platform.machine() == target.arch else None):
+        if name is not None and shutil.which(name) is not None:
+            return name
+    package = f"binutils-{target.arch.replace('_', '-')}-linux-gnu"
+    raise HostError(f"no disassembler for {target.arch}", hint=f"apt-get install {package}")

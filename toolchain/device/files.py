@@ -15,6 +15,8 @@ MANIFEST = "manifest.json"
 SUMS = "SHA256SUMS"
 PRESETS = "presets.json"
 GOLDEN = "eval/golden.json"
+SERVER_BYTES = 256 << 20
+"""Compute buffers, libraries and a short context of a small model, beside its weights."""
 _AGAIN = "copy the bundle again"
 
 

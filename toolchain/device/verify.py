@@ -10,8 +10,6 @@ from . import files, probe
 Check = dict[str, Any]
 """{"name": str, "ok": bool, "detail": str}"""
 
-_SERVER_BYTES = 256 << 20  # KV cache, compute buffers and libraries of a small model, beside its weights
-
 
 def check(name: str, ok: bool, detail: str) -> Check:
     return {"name": name, "ok": ok, "detail": detail}
@@ -38,7 +36,7 @@ def host_checks(bundle: files.Bundle) -> list[Check]:
     checks.append(check("glibc", enough, f"{shown} here, at least {needed} is needed"))
     page, alignment = os.sysconf("SC_PAGE_SIZE"), int(runtime["segment_alignment"])
     checks.append(check("page size", page <= alignment, f"{page} bytes here, programs are aligned to {alignment}"))
-    memory, wanted = probe.memory_bytes(), int(bundle.manifest["model"]["bytes"]) + _SERVER_BYTES
+    memory, wanted = probe.memory_bytes(), int(bundle.manifest["model"]["bytes"]) + files.SERVER_BYTES
     detail = f"{memory >> 20} MiB here, {wanted >> 20} MiB are needed for the model and its server"
     checks.append(check("memory", memory >= wanted, detail))
     return checks

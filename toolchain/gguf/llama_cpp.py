@@ -45,7 +45,7 @@ _LAYOUT = 1
 _FREE_BYTES = 1_500_000_000
 """Source, objects and programs of the largest CPU build together, with room to spare."""
 
-_BUILD_HINT = "`toolchain llama-cpp build` fetches and builds it once"
+_BUILD_HINT = "`toolchain llama-cpp build` fetches and builds it once; for another device: `toolchain runtime build`"
 
 
 @dataclass(frozen=True)
@@ -167,8 +167,10 @@ def build(cmake: Mapping[str, str | bool], *, report: Reporter) -> LlamaCpp:
     """
     compiler = _compiler_line(cmake)
     if compiler is None:
-        names = " and ".join(_compilers(cmake))
-        raise HostError(f"no C and C++ compiler: looked for {names}", hint="apt-get install build-essential")
+        names = _compilers(cmake)
+        packages = " ".join(names) if "CMAKE_SYSTEM_PROCESSOR" in cmake else "build-essential"
+        hint = f"apt-get install {packages}"
+        raise HostError(f"no C and C++ compiler: looked for {' and '.join(names)}", hint=hint)
     tools = {name: _tool(name) for name in ("cmake", "ninja")}
     request = _request(cmake)
     key = _key(request, compiler)

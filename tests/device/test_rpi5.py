@@ -1,0 +1,120 @@
+"""The Raspberry Pi's programs, cross-compiled: inspected, and run by qemu as its processor would."""
+
+import json
+import shutil
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.device import tiny_chat
+from toolchain.bundle import build, runtime
+from toolchain.errors import HostError
+from toolchain.gguf import llama_cpp
+from toolchain.reporter import Silent
+from toolchain.target import read_target
+
+pytestmark = [pytest.mark.device, pytest.mark.llama_cpp]
+_SYSROOT = "/usr/aarch64-linux-gnu"
+QEMU = shutil.which("qemu-aarch64-static")
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = read_target("rpi5")
+    try:
+        llama = llama_cpp.find(target.runtime.cmake)
+    except HostError as error:
+        pytest.skip(f"{error.message}: toolchain runtime build --target rpi5")
+    out = tmp_path_factory.mktemp("rpi5")
+    facts = build.run(
+        build.BundleSettings(name="tiny", version="1.0", context=tiny_chat.CONTEXT),
+        target=target,
+        gguf=tiny_chat.write_gguf(out / "model.gguf"),
+        quantize_facts={},
+        ledger=None,
+        golden=tiny_chat.golden(),
+        lineage={},
+        llama=llama,
+        out=out,
+        report=Silent(),
+    )
+    return out / str(facts["folder"])
+
+
+def test_the_programs_are_for_the_board_and_small(bundle: Path) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert manifest["target"]["arch"] == "aarch64"
+    assert manifest["runtime"]["segment_alignment"] >= 16384
+    programs = bundle / "runtime" / "bin"
+    assert {path.name for path in programs.iterdir()} == set(runtime.PROGRAMS)
+    elf = runtime.read_elf(programs / "llama-server")
+    assert elf.arch == "aarch64"
+    assert set(elf.needed) <= {"libc.so.6", "libm.so.6", "ld-linux-aarch64.so.1"}
+    without_model = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file() and path.suffix != ".gguf")
+    assert without_model <= 40e6
+
+
+def argv(bundle: Path, cpu: str, *options: str) -> list[str]:
+    if QEMU is None or not Path(_SYSROOT).is_dir():
+        pytest.skip("needs qemu-user-static and libc6-arm64-cross")
+    server = bundle / "runtime" / "bin" / "llama-server"
+    return [QEMU, "-cpu", cpu, "-L", _SYSROOT, str(server), *options]
+
+
+@contextmanager
+def served(command: list[str]) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    child = subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        limit = time.monotonic() + 120
+        while True:
+            assert child.poll() is None, f"the server ended with {child.returncode}"
+            assert time.monotonic() < limit
+            try:
+                urllib.request.urlopen(f"{url}/health", timeout=5)
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.2)
+            else:
+                break
+        yield url
+    finally:
+        child.terminate()
+        child.wait(30)
+
+
+def answer(url: str) -> dict[str, Any]:
+    body = {"prompt": tiny_chat.golden()[0]["prompt_ids"], "n_predict": 8, "temperature": 0, "return_tokens": True}
+    request = urllib.request.Request(f"{url}/completion", json.dumps(body).encode())
+    with urllib.request.urlopen(request, timeout=120) as reply:
+        found: dict[str, Any] = json.load(reply)
+    return {name: found[name] for name in ("content", "tokens", "stop_type")}
+
+
+def test_a_cortex_a76_says_what_this_host_says(bundle: Path) -> None:
+    options = ["--model", str(next(bundle.glob("model/*.gguf"))), "--ctx-size", "512", "--threads", "1", "--offline"]
+    host = llama_cpp.find(read_target("x86-cpu").runtime.cmake).program("llama-server")
+    with served([str(host), *options]) as url:
+        expected = answer(url)
+    assert expected["content"] == tiny_chat.ANSWER
+    with served(argv(bundle, "cortex-a76", *options)) as url:
+        assert answer(url) == expected
+
+
+def test_a_processor_without_the_dot_product_is_told_by_a_signal(bundle: Path) -> None:
+    """Built for the Cortex-A76: an older core stops at the first instruction that it does not know."""
+    model = next(bundle.glob("model/*.gguf"))
+    ran = subprocess.run(
+        argv(bundle, "cortex-a57", "--model", str(model)), capture_output=True, check=False, timeout=120
+    )
+    assert ran.returncode in (-4, 132)
