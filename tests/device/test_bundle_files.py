@@ -247,7 +247,7 @@ def test_a_file_that_is_no_gguf_is_refused(make: Make, tmp_path: Path) -> None:
 
 
 def test_a_model_that_does_not_fit_the_boards_memory_is_refused_with_what_takes_it(make: Make) -> None:
-    board = target().model_copy(update={"memory_mib": 258})
+    board = target().model_copy(update={"memory_mib": 259})
     with pytest.raises(
         ModelError, match=r"needs 259 MiB on the device: 2 for the weights, 1 for a context of 1024 tok"
     ):
