@@ -258,16 +258,16 @@ def _search_code(path: Path, target: TargetProfile) -> dict[str, str]:
     patterns = {name: re.compile(pattern, re.MULTILINE) for name, pattern in wanted.items()}
     found: dict[str, str] = {}
     argv = [_objdump(target), "--disassemble", "--no-show-raw-insn", str(path)]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+    said = ""
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
         assert child.stdout is not None
-        assert child.stderr is not None
         while text := child.stdout.read(_OBJDUMP_BYTES):
             text += child.stdout.readline()
             for name, pattern in patterns.items():
                 if name not in found and (match := pattern.search(text)):
                     start, end = text.rfind("\n", 0, match.start()) + 1, text.find("\n", match.end())
                     found[name] = " ".join(text[start:end].split())
-        said = child.stderr.read().strip()
+            said = text.strip().rpartition("\n")[2]
     if child.returncode:
         raise ExternalToolError(f"{argv[0]} cannot read {path}: {said}")
     return found
