@@ -188,7 +188,7 @@ def test_stock_is_kept_where_the_gain_is_not_beyond_doubt(
     run(Quantize(), made, llama, tmp_path / "stock")
     assert (tmp_path / "out" / quantize.OUTPUT).read_bytes() == (tmp_path / "stock" / quantize.OUTPUT).read_bytes()
     assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_file()) == sorted(
-        [quantize.OUTPUT, quantize.RECORD, quantize.PLAN]
+        [quantize.OUTPUT, quantize.RECORD, quantize.PLAN, quantize.SPEED]
     )
 
 
