@@ -30,6 +30,8 @@ from toolchain.reporter import Reporter, bar
 
 OUTPUT = "model-f16.gguf"
 _MARGIN_BYTES = 32 << 20
+_BATCH_TOKENS = 1024
+"""Of the comparison: every batch reads the checkpoint once."""
 
 PROBES = (
     "Hello, world!",
@@ -287,8 +289,7 @@ def check_logits(
     tokenizer = load_tokenizer(model)
     encoded = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
     rows = [Row(str(at), (), "", ids[:1], ids[1:], "length") for at, ids in enumerate(encoded) if len(ids) > 1]
-    # All texts at once, since every pass reads the checkpoint.
-    by_checkpoint = answer_logprobs(load_layer_by_layer(model), rows, batch_tokens=sys.maxsize)
+    by_checkpoint = answer_logprobs(load_layer_by_layer(model), rows, batch_tokens=_BATCH_TOKENS)
     total = tokens = 0.0
     furthest = -1.0
     where = ""
