@@ -189,6 +189,46 @@ for _name, _summary in VERBS.items():
     cli.command(_name, short_help=_summary)(_stage_verb(_name, _summary))
 
 
+bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
+
+
+@cli.command()
+@bundle_argument
+@click.option(
+    "--key", type=click.Path(path_type=Path), envvar="TOOLCHAIN_SIGNING_KEY", show_envvar=True, required=True,
+    help="An OpenSSH key, such as ~/.ssh/id_ed25519; or the .pub file of one that ssh-agent holds.",
+)  # fmt: skip
+def sign(bundle: Path, key: Path) -> None:
+    """Sign a bundle's folder with a key you have: ssh-keygen writes SHA256SUMS.sig. Sign first, pack then."""
+    from toolchain.bundle import seal
+
+    click.echo(seal.sign(bundle, key=key))
+
+
+@cli.command()
+@bundle_argument
+@click.option(
+    "--allowed-signers", type=click.Path(path_type=Path), metavar="F",
+    help="Require a signature of one whom this file names, as in ssh-keygen(1).",
+)  # fmt: skip
+@click.option("--signer", metavar="ID", help="Require the signature of this one of them.")
+@json_option
+def verify(bundle: Path, allowed_signers: Path | None, signer: str | None, as_json: bool) -> None:
+    """Check a bundle's signature and every file of it, as ./edgectl verify does on the device."""
+    from toolchain.bundle import seal
+    from toolchain.terminal import Terminal
+
+    with Terminal(quiet=as_json) as terminal:
+        record = seal.check(bundle, allowed_signers=allowed_signers, signer=signer, report=terminal)
+    if as_json:
+        click.echo(json.dumps(record, indent=2))
+    else:
+        for item in record["checks"]:
+            click.echo(f"{'ok  ' if item['ok'] else 'FAIL'}  {item['name']:<9}  {item['detail']}")
+    if not record["ok"]:
+        sys.exit(1)
+
+
 @cli.command("report")
 @recipe_argument
 @work_option

@@ -4,23 +4,19 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.device import tiny_chat
+from tests.device import bundles, tiny_chat
+from tests.device.bundles import Make, edgectl, every_byte, target
 from toolchain.bundle import build
 from toolchain.device import files
 from toolchain.errors import DataError, HostError, ModelError
 from toolchain.gguf.llama_cpp import LlamaCpp
-from toolchain.reporter import Silent
-from toolchain.target import TargetProfile, read_target
 
 pytestmark = pytest.mark.device
-_TRUE = Path(shutil.which("true") or "/bin/true")
 
 
 @pytest.fixture(scope="session")
@@ -30,54 +26,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def llama(tmp_path: Path) -> LlamaCpp:
-    """An installed build's layout around real programs that need nothing but glibc."""
-    root = tmp_path / "llama.cpp"
-    (root / "bin").mkdir(parents=True)
-    (root / "source").mkdir()
-    (root / "source" / "LICENSE").write_text("MIT\n")
-    for name in ("llama-server", "llama-bench"):
-        shutil.copyfile(_TRUE.resolve(), root / "bin" / name)
-    return LlamaCpp(root=root, commit="0" * 40, key="k", flags=("-DA=ON",))
-
-
-def target(**runtime: Any) -> TargetProfile:
-    profile = read_target("x86-cpu")
-    return profile.model_copy(update={"runtime": profile.runtime.model_copy(update=runtime)})
-
-
-Make = Callable[..., Path]
+    return bundles.install(tmp_path / "llama.cpp")
 
 
 @pytest.fixture
 def make(llama: LlamaCpp, model: Path, tmp_path: Path) -> Make:
-    def bundle(place: str = "out", **changed: Any) -> Path:
-        out = tmp_path / place
-        out.mkdir()
-        arguments: dict[str, Any] = {
-            "target": target(),
-            "gguf": model,
-            "quantize_facts": {"fallbacks": []},
-            "ledger": {"held_out_kl": 0.25},
-            "golden": tiny_chat.golden(),
-            "lineage": {"quantize": "sha256:" + "0" * 64},
-            "llama": llama,
-            **changed,
-        }
-        settings = changed.pop("settings", build.BundleSettings(name="tiny", version="1.0", context=512))
-        arguments.pop("settings", None)
-        facts = build.run(settings, **arguments, out=out, report=Silent())
-        assert facts["bundle_id"] == files.open_bundle(out / facts["folder"]).id
-        return out / str(facts["folder"])
-
-    return bundle
-
-
-def every_byte(folder: Path) -> dict[str, tuple[int, bytes]]:
-    return {
-        path.relative_to(folder).as_posix(): (path.stat().st_mode, path.read_bytes())
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    return bundles.maker(llama, model, tmp_path)
 
 
 def test_the_same_inputs_give_the_same_bytes(make: Make) -> None:
@@ -185,12 +139,6 @@ def test_verify_names_what_was_changed(make: Make, change: Callable[[Path], str]
     result = edgectl(folder, "verify", "--json")
     assert result.returncode == 1
     assert json.loads(result.stdout)["ok"] is False
-
-
-def edgectl(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    python = shutil.which("python3", path="/usr/bin:/bin") or sys.executable
-    argv = [python, "-I", "-S", str(folder / "edgectl"), *arguments]
-    return subprocess.run(argv, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=False)
 
 
 def test_a_damaged_manifest_is_one_error_and_a_hint(make: Make) -> None:

@@ -108,7 +108,8 @@ def run(
         manifest: dict[str, Any] = {**description, "files": _hashed(folder)}
         manifest["bundle_id"] = layout.bundle_id(manifest)
         _write_json(folder / layout.MANIFEST, manifest)
-        _write(folder / layout.SUMS, layout.sums_text(folder, manifest))
+        digest = layout.sha256(folder / layout.MANIFEST)
+        _write(folder / layout.SUMS, layout.sums_text(manifest, digest))
         task.advance()
     total_bytes = sum(int(entry["bytes"]) for entry in manifest["files"].values())
     report.line(f"{folder.name}: {total_bytes / 2**20:.1f} MiB, {manifest['bundle_id'][:19]}…")

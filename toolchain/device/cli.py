@@ -8,7 +8,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from . import bench, files, probe, serve, smoke, verify
+from . import bench, files, probe, serve, signature, smoke, verify
 from .errors import DeviceError, UsageError
 
 
@@ -21,7 +21,7 @@ def main(root: Path, arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     options = _parser().parse_args(arguments)
     try:
-        return int(options.call(files.open_bundle(root), options))
+        return int(options.call(root if options.takes_folder else files.open_bundle(root), options))
     except DeviceError as error:
         print(f"error: {error.message}", file=sys.stderr)
         if error.hint:
@@ -46,6 +46,7 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="edgectl", description="Serve, check and measure the model in this folder.")
+    parser.set_defaults(takes_folder=False)
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
     verb = verbs.add_parser("serve", help="run the OpenAI-compatible server until Ctrl-C or SIGTERM")
@@ -67,8 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     verb.set_defaults(call=_bench)
     _json_option(verb)
 
-    verb = verbs.add_parser("verify", help="check every file and what the machine offers")
-    verb.set_defaults(call=_verify)
+    verb = verbs.add_parser("verify", help="check signature, every file and what the machine offers")
+    verb.set_defaults(call=_verify, takes_folder=True)
+    _signer_options(verb)
     _json_option(verb)
 
     verb = verbs.add_parser("info", help="say what the bundle is and what this machine is")
@@ -79,6 +81,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def _json_option(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--json", action="store_true", help="print the record as JSON")
+
+
+def _signer_options(verb: argparse.ArgumentParser) -> None:
+    where = signature.MACHINE_POLICY
+    text = (
+        f"require a signature of one whom this file names, as in ssh-keygen(1) (default: {where}, where there is one)"
+    )
+    verb.add_argument("--allowed-signers", type=Path, metavar="F", help=text)
+    verb.add_argument("--signer", metavar="ID", help="require the signature of this one of them")
 
 
 def _say(line: str) -> None:
@@ -98,8 +109,9 @@ def _smoke(bundle: files.Bundle, options: argparse.Namespace) -> int:
     return _show_checks(smoke.run(bundle, _say), options.json)
 
 
-def _verify(bundle: files.Bundle, options: argparse.Namespace) -> int:
-    return _show_checks(verify.run(bundle, _say), options.json)
+def _verify(root: Path, options: argparse.Namespace) -> int:
+    required = signature.policy(options.allowed_signers, options.signer)
+    return _show_checks(verify.run(root, _say, required=required), options.json)
 
 
 def _show_checks(report: dict[str, Any], as_json: bool) -> int:

@@ -3,9 +3,11 @@
 import os
 import platform
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from . import files, probe
+from . import files, probe, signature
+from .errors import DeviceError
 
 Check = dict[str, Any]
 """{"name": str, "ok": bool, "detail": str}"""
@@ -42,17 +44,36 @@ def host_checks(bundle: files.Bundle) -> list[Check]:
     return checks
 
 
-def report(bundle: files.Bundle, checks: list[Check]) -> dict[str, Any]:
-    """The checks as a record."""
+def signature_check(root: Path, required: signature.Policy | None) -> Check:
+    """The bundle is signed as is required here. Raises DeviceError when there is no SHA256SUMS to be signed."""
+    sums = files.read_small(root / files.SUMS, files.JSON_LIMIT_BYTES)
+    if sums is None:
+        raise DeviceError(f"no {files.SUMS} in {root}", hint="this is not a whole bundle: copy the bundle again")
+    signed = files.read_small(root / files.SIGNATURE, signature.LIMIT_BYTES)
+    verdict = signature.check(sums, signed, required)
+    return check("signature", verdict.ok, verdict.detail)
+
+
+def report(bundle: files.Bundle | None, checks: list[Check]) -> dict[str, Any]:
+    """The checks as a record; `bundle` is None where it was not looked into."""
     return {
         "schema_version": 1,
-        "bundle": bundle.id,
+        "bundle": bundle.id if bundle is not None else None,
         "ok": all(item["ok"] for item in checks),
         "checks": checks,
     }
 
 
-def run(bundle: files.Bundle, say: Callable[[str], None]) -> dict[str, Any]:
-    """All checks of files and host."""
+def run(
+    root: Path, say: Callable[[str], None], *, required: signature.Policy | None, host: bool = True
+) -> dict[str, Any]:
+    """Signature, then files, then (`host`) the machine. What comes with a wrong signature is not looked into.
+
+    Raises DeviceError for what is no bundle.
+    """
+    signed = signature_check(root, required)
+    if not signed["ok"]:
+        return report(None, [signed])
+    bundle = files.open_bundle(root)
     say("hashing every file")
-    return report(bundle, [file_check(bundle), *host_checks(bundle)])
+    return report(bundle, [signed, file_check(bundle), *(host_checks(bundle) if host else [])])

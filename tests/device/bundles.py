@@ -1,0 +1,80 @@
+"""Small bundles around real programs that need nothing but glibc, for tests of what is done with bundles."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.device import tiny_chat
+from toolchain.bundle import build
+from toolchain.device import files
+from toolchain.gguf.llama_cpp import LlamaCpp
+from toolchain.reporter import Silent
+from toolchain.target import TargetProfile, read_target
+
+_TRUE = Path(shutil.which("true") or "/bin/true")
+Make = Callable[..., Path]
+
+
+def install(root: Path) -> LlamaCpp:
+    """An installed build's layout."""
+    (root / "bin").mkdir(parents=True)
+    (root / "source").mkdir()
+    (root / "source" / "LICENSE").write_text("MIT\n")
+    for name in ("llama-server", "llama-bench"):
+        shutil.copyfile(_TRUE.resolve(), root / "bin" / name)
+    return LlamaCpp(root=root, commit="0" * 40, key="k", flags=("-DA=ON",))
+
+
+def target(**runtime: Any) -> TargetProfile:
+    profile = read_target("x86-cpu")
+    return profile.model_copy(update={"runtime": profile.runtime.model_copy(update=runtime)})
+
+
+def maker(llama: LlamaCpp, model: Path, tmp_path: Path) -> Make:
+    """A function that makes a bundle in a folder below `tmp_path`, with whatever is to be other than usual."""
+
+    def bundle(place: str = "out", **changed: Any) -> Path:
+        out = tmp_path / place
+        out.mkdir()
+        arguments: dict[str, Any] = {
+            "target": target(),
+            "gguf": model,
+            "quantize_facts": {"fallbacks": []},
+            "ledger": {"held_out_kl": 0.25},
+            "golden": tiny_chat.golden(),
+            "lineage": {"quantize": "sha256:" + "0" * 64},
+            "llama": llama,
+            **changed,
+        }
+        settings = arguments.pop("settings", build.BundleSettings(name="tiny", version="1.0", context=512))
+        facts = build.run(settings, **arguments, out=out, report=Silent())
+        assert facts["bundle_id"] == files.open_bundle(out / facts["folder"]).id
+        return out / str(facts["folder"])
+
+    return bundle
+
+
+def every_byte(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Path → mode and content of every file below `folder`."""
+    return {
+        path.relative_to(folder).as_posix(): (path.stat().st_mode, path.read_bytes())
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def edgectl(folder: Path, *arguments: str, path: str = "/usr/bin:/bin") -> "subprocess.CompletedProcess[str]":
+    """The bundle's own edgectl, by the system's Python, without packages and without our environment."""
+    python = shutil.which("python3", path="/usr/bin:/bin") or sys.executable
+    argv = [python, "-I", "-S", str(folder / "edgectl"), *arguments]
+    return subprocess.run(argv, env={"PATH": path}, capture_output=True, text=True, check=False)
+
+
+def toolchain(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """Our command line, in a process of its own."""
+    argv = [sys.executable, "-m", "toolchain.cli", *arguments]
+    return subprocess.run(argv, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
