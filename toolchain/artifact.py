@@ -196,9 +196,20 @@ class Order:
         return fingerprint(self.stage, self.version, self.settings, self.inputs)
 
 
-def commit(final: Path, order: Order, *, metrics: dict[str, Any], started_s: float, tools: dict[str, str]) -> Artifact:
-    """Hash, write the manifest, flush everything, rename into place. Raises HostError when the disk is full."""
-    partial = partial_of(final)
+def commit(
+    final: Path,
+    order: Order,
+    *,
+    metrics: dict[str, Any],
+    started_s: float,
+    tools: dict[str, str],
+    known: Mapping[str, str] | None = None,
+) -> Artifact:
+    """Hash, write the manifest, flush everything, rename into place. Raises HostError when the disk is full.
+
+    `known`, path → SHA-256, are digests that the stage took as it wrote: those files are not read a second time.
+    """
+    partial, known = partial_of(final), known or {}
     try:
         files = {
             str(path.relative_to(partial)): path
@@ -215,7 +226,8 @@ def commit(final: Path, order: Order, *, metrics: dict[str, Any], started_s: flo
             settings=order.settings,
             inputs=order.inputs,
             files={
-                name: FileRecord(bytes=path.stat().st_size, sha256=digest_file(path)) for name, path in files.items()
+                name: FileRecord(bytes=path.stat().st_size, sha256=known.get(name) or digest_file(path))
+                for name, path in files.items()
             },
             metrics=metrics,
             tools=tools,
@@ -239,10 +251,13 @@ def commit(final: Path, order: Order, *, metrics: dict[str, Any], started_s: flo
     return Artifact(final, manifest)
 
 
-def open_artifact(path: Path, *, expect: str | None = None, verify: bool = False) -> Artifact:
+def open_artifact(
+    path: Path, *, expect: str | None = None, verify: bool = False, unread: tuple[str, ...] = ()
+) -> Artifact:
     """Open a committed directory: manifest whole, fingerprint as expected, every file there at its size.
 
-    `verify` hashes the bytes as well. Raises ArtifactError, naming the file that does not fit.
+    `verify` hashes the bytes as well, but for the `unread` files, which the caller hashes himself. Raises
+    ArtifactError, naming the file that does not fit.
     """
     remedy = f"remove {path} and run the stage again"
     try:
@@ -262,7 +277,7 @@ def open_artifact(path: Path, *, expect: str | None = None, verify: bool = False
             raise ArtifactError(f"{file}: is missing", hint=remedy)
         if file.stat().st_size != record.bytes:
             raise ArtifactError(f"{file}: has {file.stat().st_size} bytes, not {record.bytes}", hint=remedy)
-        if verify and digest_file(file) != record.sha256:
+        if verify and name not in unread and digest_file(file) != record.sha256:
             raise ArtifactError(f"{file}: its bytes have changed since it was made", hint=remedy)
     return Artifact(path, manifest)
 

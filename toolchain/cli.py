@@ -256,14 +256,16 @@ def init(path: Path, force: bool) -> None:
 
 
 @cli.command()
-@click.option("--of", "kind", type=click.Choice(["recipe", "target"]), default="recipe", show_default=True)
+@click.option("--of", "kind", type=click.Choice(["recipe", "target", "manifest"]), default="recipe", show_default=True)
 def schema(kind: str) -> None:
-    """Print the JSON Schema of a recipe or target profile."""
+    """Print the JSON Schema of a recipe, a target profile or a bundle's manifest."""
+    from toolchain.bundle.manifest import BundleManifest
     from toolchain.recipe import Recipe
+    from toolchain.settings import Settings
     from toolchain.target import TargetProfile
 
-    model = Recipe if kind == "recipe" else TargetProfile
-    click.echo(json.dumps(model.model_json_schema(), indent=2))
+    models: dict[str, type[Settings]] = {"recipe": Recipe, "target": TargetProfile, "manifest": BundleManifest}
+    click.echo(json.dumps(models[kind].model_json_schema(), indent=2))
 
 
 @cli.command()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from toolchain.artifact import CHECKPOINT
+from toolchain.artifact import CHECKPOINT, open_artifact
 from toolchain.errors import ArtifactError, HostError, RecipeError
 from toolchain.evaluate.gates import GateLimits, check_gates
 from toolchain.recipe import (
@@ -470,6 +470,7 @@ def _bundle(settings: BundleStageSettings, inputs: Inputs, out: Path, report: Re
         llama=llama_cpp.find(settings.target.runtime.cmake),
         out=out,
         report=report,
+        gguf_sha256=open_artifact(inputs["gguf"].parent).manifest.files[inputs["gguf"].name].sha256,
     )
 
 
@@ -813,6 +814,7 @@ STAGES: tuple[Stage, ...] = (
         },
         per_target=True,
         uses_llama_cpp=lambda _: True,
+        version=2,
     ),
     Stage(
         "smoke",

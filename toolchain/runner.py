@@ -265,9 +265,10 @@ class Pipeline:
         assert planned.settings is not None
         step, order, final = planned.step, planned.order, planned.final
         if step.stage.name == "bundle":
-            # What is shipped is read again in full: a bit that flipped on the disk must not leave the house.
-            for name in ("quantize", "evaluate", "select"):
-                open_artifact(self._done[name].path, verify=True)
+            # What is shipped is read again in full: a bit that flipped on the disk must not leave the house. The model
+            # is left to the stage, which reads it anyway.
+            for name, left_out in (("quantize", ("model.gguf",)), ("evaluate", ()), ("select", ())):
+                open_artifact(self._done[name].path, verify=True, unread=left_out)
         partial, _ = clean_partial(final)
         started_s = time.time()
         job = {
@@ -280,7 +281,8 @@ class Pipeline:
         metrics = run_in_worker(job, log=log, report=report, launcher=launcher)
         if final.exists():  # a reference to where the model was before
             shutil.rmtree(final)
-        artifact = commit(final, order, metrics=metrics, started_s=started_s, tools=base_tools())
+        known = metrics.pop("digests", {})
+        artifact = commit(final, order, metrics=metrics, started_s=started_s, tools=base_tools(), known=known)
         self._done[step.name] = artifact
         return Planned(step, "run", planned.why, order, planned.inputs, final, artifact)
 

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import subprocess
+import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +14,12 @@ import pytest
 from tests.device import bundles, tiny_chat
 from tests.device.bundles import Make, edgectl, every_byte, target
 from toolchain.bundle import build
+from toolchain.bundle.manifest import BundleManifest
 from toolchain.device import files
-from toolchain.errors import DataError, HostError, ModelError
+from toolchain.errors import ArtifactError, DataError, HostError, ModelError
+from toolchain.gguf import llama_cpp
 from toolchain.gguf.llama_cpp import LlamaCpp
+from toolchain.resources import resource, versions
 
 pytestmark = pytest.mark.device
 
@@ -111,7 +116,7 @@ def _folder_link(folder: Path) -> str:
 def _manifest(folder: Path) -> str:
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
-    manifest["quality"]["held_out_kl"] = 0.001
+    manifest["quality"]["gain"]["after"] = 0.001
     path.write_text(json.dumps(manifest))
     return "manifest.json: changed"
 
@@ -236,3 +241,143 @@ def test_a_library_that_is_neither_in_the_build_nor_in_glibc_is_refused(make: Ma
         pytest.skip("ls needs nothing but glibc here")
     with pytest.raises(HostError, match=r"lib\w+\.so\.\d+ is not in .*, and the programs need it"):
         make()
+
+
+def test_the_model_card_shows_the_ledger_as_a_table(make: Make) -> None:
+    card = (make() / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert "| student after  | 2.0 M + 0.0 M | 8.0 | 4.500      | 0.2500        | 50.0 % |" in card
+    assert "1.0000 before, 0.2500 after" in card
+    assert "passed: KL(adapter ‖ merged)" in card
+    assert "```json" not in card
+
+
+def test_the_parts_list_is_valid_cyclonedx_and_has_every_program_with_its_digest(make: Make) -> None:
+    from cyclonedx.schema import SchemaVersion
+    from cyclonedx.validation.json import JsonStrictValidator
+
+    folder = make()
+    text = (folder / "sbom.cdx.json").read_text(encoding="utf-8")
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
+    parts = {part["name"]: part for part in json.loads(text)["components"]}
+    assert {"llama.cpp", "ggml", "cpp-httplib", "nlohmann-json", "libstdc++ and libgcc", "edgectl", "tiny"} <= set(
+        parts
+    )
+    manifest = files.open_bundle(folder).manifest
+    listed = {part["name"]: part["hashes"][0]["content"] for part in parts["llama.cpp"]["components"]}
+    programs = [path for path in manifest["files"] if path.startswith("runtime/bin/")]
+    assert {path: manifest["files"][path]["sha256"] for path in programs} == listed
+    assert parts["tiny"]["hashes"][0]["content"] == manifest["model"]["sha256"]
+    assert {"name": "toolchain:lineage:quantize", "value": "sha256:" + "0" * 64} in parts["tiny"]["properties"]
+    assert parts["libstdc++ and libgcc"]["version"] == manifest["runtime"]["compiler"]
+
+
+def test_every_part_whose_licence_asks_for_its_text_has_it(make: Make) -> None:
+    texts = {path.name for path in (make() / "LICENSES").iterdir()}
+    assert {"llama.cpp.txt", "toolchain.txt", "gcc-runtime.txt"} <= texts
+    of_parts = {f"llama.cpp-{part['name']}.txt" for part in versions()["llama_cpp"]["vendored"]}
+    # These two come with their own text in the build (as LICENSE-jsonhpp), or ask for none.
+    silent = {f"llama.cpp-{name}.txt" for name in ("nlohmann-json", "subprocess.h", "sha1", "sha256")}
+    assert of_parts - texts == silent
+
+
+def test_what_is_compiled_in_is_what_the_pinned_source_has() -> None:
+    """Versions and licence texts are read from the source again, where it was fetched to be built."""
+    if not llama_cpp.archive_path().is_file():
+        pytest.skip("the pinned source is not in the cache: toolchain llama-cpp build")
+    marks = {
+        "cpp-httplib": ("cpp-httplib/httplib.h", '#define CPPHTTPLIB_VERSION "{}"'),
+        "nlohmann-json": ("nlohmann/json.hpp", "version {}"),
+        "stb_image": ("stb/stb_image.h", "stb_image - v{} "),
+        "miniaudio": ("miniaudio/miniaudio.h", "miniaudio - v{} "),
+        "xxhash": ("hash/xxhash/xxhash.h", "XXH_VERSION_MAJOR {} XXH_VERSION_MINOR {} XXH_VERSION_RELEASE {}"),
+    }
+    texts = {
+        "cpp-httplib": "cpp-httplib/LICENSE",
+        "xxhash": "hash/xxhash/LICENSE",
+        "rotate-bits": "hash/rotate-bits/LICENSE.md",
+    }
+    found: dict[str, str] = {}
+    with tarfile.open(llama_cpp.archive_path()) as archive:
+        for member in archive:
+            _, mark, path = member.name.partition("/vendor/llama.cpp/vendor/")
+            if mark and (path in texts.values() or path in {file for file, _ in marks.values()}):
+                content = archive.extractfile(member)
+                assert content is not None
+                found[path] = content.read().decode(errors="replace")
+    versioned = {part["name"]: part["version"] for part in versions()["llama_cpp"]["vendored"] if "version" in part}
+    assert set(versioned) == set(marks)
+    for name, (path, pattern) in marks.items():
+        parts = versioned[name].split(".") if pattern.count("{}") > 1 else [versioned[name]]
+        words = " ".join(found[path].replace("#define XXH", "XXH").split())
+        assert pattern.format(*parts).strip() in words, name
+    for name, path in texts.items():
+        assert (resource("licences") / f"{name}.txt").read_text(encoding="utf-8") == found[path]
+
+
+def test_the_manifest_has_the_form_that_is_documented(make: Make) -> None:
+    import jsonschema
+
+    documented = json.loads((resource("docs") / "manifest.schema.json").read_text(encoding="utf-8"))
+    assert documented == BundleManifest.model_json_schema()
+    content = json.loads((make() / "manifest.json").read_text(encoding="utf-8"))
+    jsonschema.validate(content, documented)
+    del content["model"]["sha256"]
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(content, documented)
+
+
+def _bytes_read() -> int:
+    """What this process has read from files so far, whether from disk or from memory."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("rchar"))
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_each_byte_of_the_model_is_read_once(make: Make, model: Path, tmp_path: Path, linked: bool) -> None:
+    gguf = tmp_path / "model.gguf"
+    shutil.copyfile(model, gguf)
+    gguf.chmod(0o644 if linked else 0o600)
+    make("warm", gguf=gguf)  # what is imported on the way has been read then
+    before = _bytes_read()
+    folder = make("counted", gguf=gguf)
+    read = _bytes_read() - before
+    others = sum(len(content) for _, content in every_byte(folder).values()) - gguf.stat().st_size
+    assert gguf.stat().st_size < read < gguf.stat().st_size + 8 * others < 2 * gguf.stat().st_size
+    assert ((folder / "model" / "tiny-v1.0-F32.gguf").stat().st_ino == gguf.stat().st_ino) == linked
+
+
+def test_a_model_that_is_not_the_one_that_was_made_is_refused(make: Make) -> None:
+    with pytest.raises(ArtifactError, match="bytes have changed since it was made"):
+        make(gguf_sha256="0" * 64)
+
+
+BUILD = """
+import sys
+from pathlib import Path
+from tests.device import bundles
+make = bundles.maker(bundles.install(Path(sys.argv[1], "llama.cpp")), Path(sys.argv[2]), Path(sys.argv[1]))
+print(make())
+"""
+
+
+@pytest.mark.parametrize("umask", ["077", "000"])
+def test_another_umask_locale_time_zone_and_day_give_the_same_bytes_and_modes(
+    make: Make, model: Path, tmp_path: Path, umask: str
+) -> None:
+    here = make()
+    there = tmp_path / "there"
+    there.mkdir()
+    environment = {
+        **os.environ,
+        "LC_ALL": "C",
+        "TZ": "Pacific/Kiritimati",
+        "PYTHONHASHSEED": "7",
+        "HOME": "/nonexistent",
+    }
+    argv = ["sh", "-c", f'umask {umask}; exec "$@"', "sh", sys.executable, "-c", BUILD, str(there), str(model)]
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=True)
+    other = Path(done.stdout.strip())
+    assert every_byte(here) == every_byte(other)
+    folders = [path for path in [other, *other.rglob("*")] if path.is_dir()]
+    assert len(folders) > 5
+    assert {path.stat().st_mode & 0o7777 for path in folders} == {0o755}

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.device import tiny_chat
+from tests.device import bundles, tiny_chat
 from toolchain.bundle import build
 from toolchain.device import files, serve
 from toolchain.errors import HostError
@@ -55,7 +55,7 @@ def make(llama: llama_cpp.LlamaCpp, tmp_path_factory: pytest.TempPathFactory) ->
             target=read_target("x86-cpu"),
             gguf=tiny_chat.write_gguf(work / "model.gguf", eos=eos),
             quantize_facts={},
-            ledger={"held_out_kl": 0.5},
+            ledger=bundles.LEDGER,
             golden=tiny_chat.golden() if golden is None else golden,
             lineage={"quantize": "sha256:" + "0" * 64},
             llama=llama,

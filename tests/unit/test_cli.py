@@ -40,7 +40,19 @@ def test_the_verbs_are_the_stages_in_their_order() -> None:
 def test_help_names_every_verb_and_imports_nothing_heavy() -> None:
     done = toolchain("--help")
     assert done.returncode == 0
-    for verb in (*STAGE_NAMES, "run", "plan", "report", "init", "schema", "doctor", "llama-cpp", "runtime", "sign", "verify"):
+    for verb in (
+        *STAGE_NAMES,
+        "run",
+        "plan",
+        "report",
+        "init",
+        "schema",
+        "doctor",
+        "llama-cpp",
+        "runtime",
+        "sign",
+        "verify",
+    ):
         assert f"\n  {verb} " in done.stdout
     probe = "import sys, toolchain.cli; print([name for name in sys.argv[1:] if name in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", probe, *HEAVY], capture_output=True, text=True, check=True)

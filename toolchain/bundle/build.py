@@ -1,19 +1,22 @@
 """GGUF + runtime → a bundle's folder: everything that a device needs, every file hashed, the same bytes each time."""
 
+import errno
+import hashlib
 import importlib.metadata
 import json
 import os
-import shutil
 import stat
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from toolchain.bundle import command
+from toolchain.bundle import card, command, sbom
+from toolchain.bundle.manifest import BundleManifest
 from toolchain.device import files as layout
-from toolchain.errors import DataError, ModelError
+from toolchain.errors import ArtifactError, DataError, HostError, ModelError
 from toolchain.recipe import Name
 from toolchain.reporter import Reporter, bar
 from toolchain.resources import resource
@@ -26,7 +29,9 @@ if TYPE_CHECKING:
 
 _DEVICE = Path(layout.__file__).parent
 _ENTRY = "edgectl.py"
-_PROGRAM_MODE, _FILE_MODE = 0o755, 0o644
+_PROGRAM_MODE, _FILE_MODE, _FOLDER_MODE = 0o755, 0o644, 0o755
+_BLOCK_BYTES = 1 << 20
+SBOM = "sbom.cdx.json"
 _GCC_NOTE = """libstdc++.so.6 and libgcc_s.so.1 are parts of the GNU Compiler Collection, copied without change but for
 debugging symbols. They are under the GNU General Public License, version 3, with the GCC Runtime Library Exception,
 version 3.1: programs that use them may be conveyed under terms of one's choice.
@@ -58,12 +63,15 @@ def run(
     llama: "LlamaCpp",
     out: Path,
     report: Reporter,
+    gguf_sha256: str | None = None,
 ) -> dict[str, Any]:
     """Make out/<name>-<version>-<target>/ and return its facts.
 
     `quantize_facts` and `ledger` go into the manifest as they are, so they must hold no times and no paths;
     `quantize_facts["fallbacks"]`, where there is one, lists tensors that got another type than asked for. `golden` is
-    a list of {"messages", "prompt_ids"}. Raises ModelError, DataError, HostError, ExternalToolError.
+    a list of {"messages", "prompt_ids"}. The model is read once, and held against `gguf_sha256` where that is known;
+    the facts' "digests", path below `out` → SHA-256, spare whoever comes next reading it again. Raises ModelError,
+    DataError, HostError, ArtifactError, ExternalToolError.
     """
     from toolchain.bundle import runtime
     from toolchain.gguf.header import read_facts
@@ -78,7 +86,7 @@ def run(
     with bar(report, "bundle", total=4, unit="step") as task:
         programs = runtime.collect(llama, target, folder / command.PROGRAMS)
         task.advance()
-        _place(gguf, folder / model)
+        model_sha256 = _place(gguf, folder / model, expected=gguf_sha256)
         task.advance()
         presets = command.presets(target, model=model, alias=settings.name, context=settings.context)
         _write_json(folder / layout.PRESETS, presets)
@@ -99,23 +107,30 @@ def run(
                 "glibc_floor": target.runtime.glibc_floor,
                 **asdict(programs),
             },
-            "model": _model_facts(facts, folder, model, settings, target, quantize_facts),
+            "model": {
+                "file": model,
+                "sha256": model_sha256,
+                "licence": _model_licence(gguf),
+                **_model_facts(facts, settings, target, quantize_facts),
+            },
             "lineage": dict(sorted(lineage.items())),
             "quality": ledger,
+            "sbom": SBOM,
         }
-        _write(folder / "MODEL_CARD.md", _card(description))
+        _write(folder / "MODEL_CARD.md", card.render(description))
+        files = _hashed(folder, known={model: model_sha256})
+        parts = sbom.render(
+            description, files, compiler=programs.compiler, model_licence=description["model"]["licence"]
+        )
+        _write_json(folder / SBOM, parts)
+        files |= _hashed(folder, known={path: str(entry["sha256"]) for path, entry in files.items()})
         task.advance()
-        manifest: dict[str, Any] = {**description, "files": _hashed(folder)}
-        manifest["bundle_id"] = layout.bundle_id(manifest)
-        _write_json(folder / layout.MANIFEST, manifest)
-        digest = layout.sha256(folder / layout.MANIFEST)
-        _write(folder / layout.SUMS, layout.sums_text(manifest, digest))
+        manifest = _seal(folder, {**description, "files": files})
         task.advance()
-    total_bytes = sum(int(entry["bytes"]) for entry in manifest["files"].values())
+    total_bytes = sum(int(entry["bytes"]) for entry in files.values())
     report.line(f"{folder.name}: {total_bytes / 2**20:.1f} MiB, {manifest['bundle_id'][:19]}…")
-    files = len(manifest["files"])
     return {
-        "summary": f"{total_bytes / 1e6:.1f} MB in {files} files, needs glibc {programs.glibc_needed}",
+        "summary": f"{total_bytes / 1e6:.1f} MB in {len(files)} files, needs glibc {programs.glibc_needed}",
         "folder": folder.name,
         "bundle_id": manifest["bundle_id"],
         "bytes": total_bytes,
@@ -124,8 +139,30 @@ def run(
         "glibc_needed": programs.glibc_needed,
         "segment_alignment": programs.segment_alignment,
         "bits_per_weight": facts.bits_per_weight,
-        "files": files,
+        "files": len(files),
+        "digests": {f"{folder.name}/{path}": entry["sha256"] for path, entry in files.items()},
     }
+
+
+def _seal(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Write manifest.json and SHA256SUMS; the same modes whatever the umask is here."""
+    manifest = {**content, "bundle_id": layout.bundle_id(content)}
+    text = _json(manifest)
+    BundleManifest.model_validate_json(text)
+    layout.parse_manifest(text.encode())
+    _write(folder / layout.MANIFEST, text)
+    _write(folder / layout.SUMS, layout.sums_text(manifest, hashlib.sha256(text.encode()).hexdigest()))
+    for path in [folder, *folder.rglob("*")]:
+        if path.is_dir():
+            path.chmod(_FOLDER_MODE)
+    return manifest
+
+
+def _model_licence(gguf: Path) -> str | None:
+    from toolchain.gguf.header import read_metadata
+
+    licence = read_metadata(gguf).get("general.license")
+    return licence if isinstance(licence, str) and licence else None
 
 
 def file_name(settings: BundleSettings, facts: "GgufFacts", gguf: Path) -> str:
@@ -207,15 +244,11 @@ def _check_golden(golden: list[dict[str, Any]], settings: BundleSettings, target
 
 def _model_facts(
     facts: "GgufFacts",
-    folder: Path,
-    model: str,
     settings: BundleSettings,
     target: TargetProfile,
     quantize_facts: dict[str, Any],
 ) -> dict[str, Any]:
     return {
-        "file": model,
-        "sha256": layout.sha256(folder / model),
         "bytes": facts.file_bytes,
         "architecture": facts.architecture,
         "parameters": facts.parameters,
@@ -232,19 +265,44 @@ def _model_facts(
     }
 
 
-def _place(source: Path, target: Path) -> None:
-    """The model, without a second copy where the file system can share it."""
+def _place(source: Path, target: Path, *, expected: str | None) -> str:
+    """The model, without a second copy where the file system can share it; read once. Its SHA-256, in hex.
+
+    Raises ArtifactError when that is not the `expected` one, HostError when the disk is full.
+    """
     target.parent.mkdir(parents=True)
     source = source.resolve()
-    if stat.S_IMODE(source.stat().st_mode) == _FILE_MODE:
-        try:
-            os.link(source, target)
-        except OSError:
-            pass  # another file system, or one without links: copied below
-        else:
-            return
-    shutil.copyfile(source, target)
-    target.chmod(_FILE_MODE)
+    linked = stat.S_IMODE(source.stat().st_mode) == _FILE_MODE and _link(source, target)
+    digest = hashlib.sha256()
+    try:
+        with source.open("rb") as file, nullcontext() if linked else target.open("wb") as copy:
+            while block := file.read(_BLOCK_BYTES):
+                digest.update(block)
+                if copy is not None:
+                    copy.write(block)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise HostError(
+                f"{target.parent}: no space left for the model, {source.stat().st_size / 2**20:.0f} MiB",
+                hint="free some space, then run again",
+            ) from error
+        raise
+    if not linked:
+        target.chmod(_FILE_MODE)
+    if expected is not None and digest.hexdigest() != expected:
+        raise ArtifactError(
+            f"{source}: its bytes have changed since it was made",
+            hint=f"remove {source.parent} and run the stage again",
+        )
+    return digest.hexdigest()
+
+
+def _link(source: Path, target: Path) -> bool:
+    try:
+        os.link(source, target)
+    except OSError:
+        return False  # another file system, or one without links
+    return True
 
 
 def _copy_device(folder: Path) -> None:
@@ -259,6 +317,8 @@ def _write_licences(folder: Path, llama: "LlamaCpp") -> None:
     _write(folder / "llama.cpp.txt", llama.licence.read_text(encoding="utf-8"))
     for source in sorted((llama.licence.parent / "licenses").glob("LICENSE-*")):
         _write(folder / f"llama.cpp-{source.name.removeprefix('LICENSE-')}.txt", source.read_text(encoding="utf-8"))
+    for source in sorted(resource("licences").glob("*.txt")):
+        _write(folder / f"llama.cpp-{source.name}", source.read_text(encoding="utf-8"))
     _write(folder / "gcc-runtime.txt", _GCC_NOTE)
     own = _own_licence()
     if own is not None:
@@ -277,68 +337,26 @@ def _own_licence() -> str | None:
     return next((file.read_text("utf-8") for file in found if file.name == "LICENSE"), None)
 
 
-def _card(description: dict[str, Any]) -> str:
-    """MODEL_CARD.md, from what the manifest says."""
-    model, runtime, target = description["model"], description["runtime"], description["target"]
-    rows = [
-        ("Made for", f"{target['description']} ({target['arch']}, glibc {runtime['glibc_needed']} or newer)"),
-        ("Architecture", model["architecture"]),
-        ("Parameters", f"{model['parameters']:,}"),
-        ("File type", f"{model['file_type']}, {model['bits_per_weight']:.2f} bits per weight in fact"),
-        ("Tensors", ", ".join(f"{count} × {kind}" for kind, count in model["tensor_types"].items())),
-        ("Size", f"{model['bytes'] / 2**20:.1f} MiB"),
-        ("Context", f"{model['context']} tokens, trained for {model['context_trained']}"),
-        ("Ends at", f"`{model['eos']['text']}` (id {model['eos']['id']})"),
-        ("llama.cpp", f"`{runtime['llama_cpp_commit']}`, {runtime['backend']}"),
-    ]
-    lines = [
-        f"# {description['name']} {description['version']}",
-        "",
-        "A student model distilled from a larger teacher, quantized and packed with the server that runs it.",
-        "",
-        "| | |",
-        "|---|---|",
-        *(f"| {name} | {value} |" for name, value in rows),
-    ]
-    fallbacks = model["quantize"].get("fallbacks")
-    if fallbacks:
-        lines += ["", f"{len(fallbacks)} tensors could not have the type asked for; manifest.json names what they got."]
-    lines += ["", "## Use", "", "    ./edgectl verify", "    ./edgectl smoke", "    ./edgectl serve --port 8080", ""]
-    lines += ["Then `http://127.0.0.1:8080/v1` speaks the OpenAI API. Needs Python 3.10 or newer and no packages."]
-    lines += ["", "## Made from", ""]
-    lines += [f"- {name}: `{digest}`" for name, digest in description["lineage"].items()] or ["Nothing recorded."]
-    lines += ["", "## What was lost on the way", ""]
-    if description["quality"] is None:
-        lines += ["Not evaluated."]
-    else:
-        lines += ["```json", json.dumps(description["quality"], indent=2, sort_keys=True, ensure_ascii=False), "```"]
-    lines += [
-        "",
-        "## Licences",
-        "",
-        "Programs: `LICENSES/`. The model is under the licence of the student it came from.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _hashed(folder: Path) -> dict[str, dict[str, Any]]:
-    """Every file so far: digest, size, mode."""
-    return {
-        path.relative_to(folder).as_posix(): {
-            "sha256": layout.sha256(path),
-            "bytes": path.stat().st_size,
-            "mode": f"{stat.S_IMODE(path.stat().st_mode):04o}",
-        }
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+def _hashed(folder: Path, *, known: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Every file so far: digest, size, mode. What is `known` is not read again."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            name, status = path.relative_to(folder).as_posix(), path.stat()
+            digest = known.get(name) or layout.sha256(path)
+            found[name] = {"sha256": digest, "bytes": status.st_size, "mode": f"{stat.S_IMODE(status.st_mode):04o}"}
+    return found
 
 
 def _write(path: Path, text: str, mode: int = _FILE_MODE) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8", newline="\n")
     path.chmod(mode)
 
 
+def _json(content: object) -> str:
+    return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
 def _write_json(path: Path, content: object) -> None:
-    _write(path, json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    _write(path, _json(content))

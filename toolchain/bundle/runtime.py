@@ -57,6 +57,8 @@ class RuntimeFacts:
     glibc_needed: str
     segment_alignment: int
     bytes: int
+    compiler: str
+    """What compiled the server, as it says itself."""
 
 
 def read_elf(path: Path) -> Elf:
@@ -136,7 +138,16 @@ def collect(llama: LlamaCpp, target: TargetProfile, out: Path) -> RuntimeFacts:
         glibc_needed=".".join(str(part) for part in newest),
         segment_alignment=min(elf.alignment for elf in elves.values()),
         bytes=sum(path.stat().st_size for path in out.iterdir()),
+        compiler=_compiler(out / PROGRAMS[0]),
     )
+
+
+def _compiler(path: Path) -> str:
+    """The compilers named in a program's .comment section, "; " between them; "unknown" when it has none."""
+    with path.open("rb") as file:
+        section = ELFFile(file).get_section_by_name(".comment")
+        names = section.data().decode(errors="replace").split("\0") if section is not None else []
+    return "; ".join(sorted({name for name in names if name})) or "unknown"
 
 
 def _closure(folder: Path, target: TargetProfile) -> dict[str, Path]:
