@@ -208,13 +208,42 @@ def sign(bundle: Path, key: Path) -> None:
 @cli.command()
 @bundle_argument
 @click.option(
+    "--form", type=click.Choice(["archive", "image"]), required=True, help="A .tar to unpack, or an OCI image."
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The file to write.")
+@click.option(
+    "--base", type=click.Path(path_type=Path),
+    help="For an image: what it stands on, with glibc and Python; an OCI layout, or what `docker save` wrote.",
+)  # fmt: skip
+@click.option("--force", is_flag=True, help="Replace a file that is there.")
+@quiet_option
+def pack(bundle: Path, form: str, out: Path, base: Path | None, force: bool, quiet: bool) -> None:
+    """Make one file of a bundle's folder: the same bytes wherever and whenever it is done. Prints its digest."""
+    from toolchain.bundle import archive, image
+    from toolchain.terminal import Terminal
+
+    if form == "image" and base is None:
+        raise RecipeError("--form image: --base is missing", hint="docker save -o base.tar debian:bookworm-slim, say")
+    if form == "archive" and base is not None:
+        raise RecipeError("--base is for images", hint="leave it out, or give --form image")
+    with Terminal(quiet=quiet) as terminal:
+        if base is None:
+            digest = archive.pack(bundle, out, report=terminal, force=force)["sha256"]
+        else:
+            digest = image.pack(bundle, out, base=base, report=terminal, force=force)["digest"]
+    click.echo(f"sha256:{digest}")
+
+
+@cli.command()
+@bundle_argument
+@click.option(
     "--allowed-signers", type=click.Path(path_type=Path), metavar="F",
     help="Require a signature of one whom this file names, as in ssh-keygen(1).",
 )  # fmt: skip
 @click.option("--signer", metavar="ID", help="Require the signature of this one of them.")
 @json_option
 def verify(bundle: Path, allowed_signers: Path | None, signer: str | None, as_json: bool) -> None:
-    """Check a bundle's signature and every file of it, as ./edgectl verify does on the device."""
+    """Check signature and every file of a bundle's folder or archive, as ./edgectl does on the device."""
     from toolchain.bundle import seal
     from toolchain.terminal import Terminal
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from toolchain.device import errors, files, signature, verify
+from toolchain.device import errors, files, signature, unpack, verify
 from toolchain.errors import ArtifactError, ExternalToolError, HostError, RecipeError
 from toolchain.reporter import Reporter
 
@@ -81,10 +81,20 @@ def _replace(path: Path, content: bytes) -> None:
         draft.unlink(missing_ok=True)
 
 
-def check(folder: Path, *, allowed_signers: Path | None, signer: str | None, report: Reporter) -> dict[str, Any]:
-    """The checks that `./edgectl verify` makes, but for those of the machine. Raises ArtifactError, RecipeError."""
-    if not folder.is_dir():
-        raise ArtifactError(f"{folder}: no such folder", hint="give the folder of a bundle, which holds manifest.json")
+def check(bundle: Path, *, allowed_signers: Path | None, signer: str | None, report: Reporter) -> dict[str, Any]:
+    """The checks that `./edgectl verify` makes of a folder, but for those of the machine; or `unpack` of an archive.
+
+    Raises ArtifactError, RecipeError.
+    """
+    if not bundle.exists():
+        raise ArtifactError(f"{bundle}: no such file or folder", hint="give a bundle's folder, or its archive")
     with as_ours():
         required = signature.policy(allowed_signers, signer)
-        return verify.run(folder, report.line, required=required, host=False)
+        if bundle.is_dir():
+            return verify.run(bundle, report.line, required=required, host=False)
+        head = unpack.check(bundle, required=required)
+        checks = [
+            verify.check("signature", head.verdict.ok, head.verdict.detail),
+            verify.check("files", True, f"{len(head.manifest['files']) + 2} files as built"),
+        ]
+        return verify.report(head.manifest["bundle_id"], checks)

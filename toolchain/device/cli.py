@@ -8,7 +8,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from . import bench, files, probe, serve, signature, smoke, verify
+from . import bench, files, probe, serve, signature, smoke, unpack, verify
 from .errors import DeviceError, UsageError
 
 
@@ -73,6 +73,12 @@ def _parser() -> argparse.ArgumentParser:
     _signer_options(verb)
     _json_option(verb)
 
+    verb = verbs.add_parser("unpack", help="unpack another bundle's archive, once it is found whole")
+    verb.add_argument("archive", type=Path, metavar="ARCHIVE", help="a .tar that `toolchain pack` made")
+    verb.add_argument("into", type=Path, metavar="FOLDER", help="where the bundle's folder is to be made")
+    verb.set_defaults(call=_unpack, takes_folder=True)
+    _signer_options(verb)
+
     verb = verbs.add_parser("info", help="say what the bundle is and what this machine is")
     verb.set_defaults(call=_info)
     _json_option(verb)
@@ -112,6 +118,12 @@ def _smoke(bundle: files.Bundle, options: argparse.Namespace) -> int:
 def _verify(root: Path, options: argparse.Namespace) -> int:
     required = signature.policy(options.allowed_signers, options.signer)
     return _show_checks(verify.run(root, _say, required=required), options.json)
+
+
+def _unpack(root: Path, options: argparse.Namespace) -> int:
+    required = signature.policy(options.allowed_signers, options.signer)
+    print(unpack.run(options.archive, options.into, required=required, say=_say))
+    return 0
 
 
 def _show_checks(report: dict[str, Any], as_json: bool) -> int:

@@ -40,7 +40,7 @@ def run(bundle: files.Bundle, say: Callable[[str], None]) -> dict[str, Any]:
                 checks.append(_stop(server))
         except DeviceError as error:
             checks.append(check("server ready", False, error.message))
-    return verify.report(bundle, checks)
+    return verify.report(bundle.id, checks)
 
 
 def _served(bundle: files.Bundle, server: Server, client: Client, say: Callable[[str], None]) -> Iterator[Check]:
