@@ -25,7 +25,7 @@ def run(bundle: files.Bundle, say: Callable[[str], None]) -> dict[str, Any]:
     """Every check; the report is JSON-able and has "ok"."""
     say("hashing every file")
     checks = [verify.file_check(bundle), *verify.host_checks(bundle)]
-    with tempfile.TemporaryDirectory(prefix="edgectl-") as folder:
+    with _scratch() as folder:
         key_file = Path(folder, "key")
         key_file.touch(mode=0o600)
         key = secrets.token_hex(16)
@@ -41,6 +41,15 @@ def run(bundle: files.Bundle, say: Callable[[str], None]) -> dict[str, Any]:
         except DeviceError as error:
             checks.append(check("server ready", False, error.message))
     return verify.report(bundle.id, checks)
+
+
+def _scratch() -> "tempfile.TemporaryDirectory[str]":
+    try:
+        return tempfile.TemporaryDirectory(prefix="edgectl-")
+    except OSError as error:
+        raise DeviceError(
+            f"no place for the key file: {error.strerror}", hint="in a container: --tmpfs /tmp; else set TMPDIR"
+        ) from None
 
 
 def _served(bundle: files.Bundle, server: Server, client: Client, say: Callable[[str], None]) -> Iterator[Check]:
