@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from tests.device import tiny_chat
-from toolchain.bundle import build, runtime
+from tests.device.test_bundle_image import config_in, read, saved
+from toolchain.bundle import build, image, runtime
 from toolchain.errors import HostError
 from toolchain.gguf import llama_cpp
 from toolchain.reporter import Silent
@@ -118,3 +119,14 @@ def test_a_processor_without_the_dot_product_is_told_by_a_signal(bundle: Path) -
         argv(bundle, "cortex-a57", "--model", str(model)), capture_output=True, check=False, timeout=120
     )
     assert ran.returncode in (-4, 132)
+
+
+def test_its_image_is_for_arm64(bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "image.tar"
+    image.pack(bundle, out, base=saved(tmp_path / "base.tar", arch="arm64"), report=Silent())
+    content = read(out)
+    entry = json.loads(content["index.json"])["manifests"][0]
+    assert entry["platform"] == {"os": "linux", "architecture": "arm64", "variant": "v8"}
+    assert config_in(content)["architecture"] == "arm64"
+    with pytest.raises(HostError, match="is for linux/amd64, the bundle for linux/arm64"):
+        image.pack(bundle, tmp_path / "other.tar", base=saved(tmp_path / "x86.tar"), report=Silent())

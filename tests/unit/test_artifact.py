@@ -104,6 +104,23 @@ def test_tampering_is_found_and_the_file_is_named(tmp_path: Path) -> None:
         open_artifact(final)
 
 
+def test_a_digest_that_the_stage_took_is_believed_and_a_file_left_to_the_caller_is_not_read(tmp_path: Path) -> None:
+    final = tmp_path / "a"
+    partial, _ = clean_partial(final)
+    for name in ("model", "notes"):
+        (partial / name).write_text("weights")
+    known = {"model": "0" * 64}
+    made = commit(final, ORDER, metrics={}, started_s=time.time(), tools={}, known=known)
+    assert made.manifest.files["model"].sha256 == "0" * 64
+    assert made.manifest.files["notes"].sha256 == artifact.digest_file(final / "notes")
+    with pytest.raises(ArtifactError, match="model: its bytes have changed"):
+        open_artifact(final, verify=True)
+    open_artifact(final, verify=True, unread=("model",))
+    (final / "notes").write_text("WEIGHTS")
+    with pytest.raises(ArtifactError, match="notes: its bytes have changed"):
+        open_artifact(final, verify=True, unread=("model",))
+
+
 def test_a_damaged_or_edited_manifest_is_refused(tmp_path: Path) -> None:
     final = tmp_path / "a"
     make(final, {"f": "x"})

@@ -50,6 +50,7 @@ def test_help_names_every_verb_and_imports_nothing_heavy() -> None:
         "doctor",
         "llama-cpp",
         "runtime",
+        "pack",
         "sign",
         "verify",
     ):
