@@ -66,6 +66,19 @@ def test_the_bundle_comes_out_as_it_went_in_and_works_there(built: Path, packed:
     assert list(place.iterdir()) == [there]
 
 
+@pytest.mark.parametrize("umask", [0o077, 0o000, 0o027])
+def test_modes_are_the_manifests_whatever_the_umask_is_there(
+    built: Path, packed: Path, place: Path, umask: int
+) -> None:
+    before = os.umask(umask)
+    try:
+        there = unpacked(packed, place)
+    finally:
+        os.umask(before)
+    assert every_byte(there) == every_byte(built)
+    assert {path.stat().st_mode & 0o7777 for path in [there, *there.rglob("*")] if path.is_dir()} == {0o755}
+
+
 def test_tar_unpacks_it_without_our_code(packed: Path, built: Path, place: Path) -> None:
     subprocess.run(["tar", "-xf", packed, "-C", place], check=True)
     assert every_byte(place / built.name) == every_byte(built)
