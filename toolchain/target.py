@@ -12,7 +12,7 @@ from toolchain.recipe import Name
 from toolchain.resources import resource
 from toolchain.settings import Settings, read_toml
 
-CmakeName = Annotated[str, StringConstraints(pattern=r"^[A-Z][A-Z0-9_]*$")]
+CmakeName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
 
 
 def _compiles(pattern: str) -> str:
@@ -32,7 +32,9 @@ class Isa(Settings):
     forbidden: dict[str, Pattern] = Field(default_factory=dict)
     """A name for people → a regular expression that no line of any program or library may match."""
     required: dict[str, Pattern] = Field(default_factory=dict)
-    """The same, which some line of every program must match: the fast kernels are there."""
+    """The same, which some line must match of every file that computes on the CPU: the fast kernels are there."""
+    dispatched: tuple[str, ...] = ()
+    """Functions of a static C library, with wildcards, that it uses only where the processor has what they need."""
     chosen_at_run_time: tuple[str, ...] = ()
     """File names, with wildcards, that are loaded only where the processor can run them: not looked at."""
 
@@ -49,6 +51,10 @@ class Runtime(Settings):
     page_bytes: Literal[4096, 16384, 65536] = 4096
     """Largest pages that the device's kernel may have; programs must be aligned to them."""
     isa: Isa = Isa()
+    device_libraries: tuple[str, ...] = ()
+    """Libraries beside glibc that the device has of its own, such as CUDA's: they do not go into a bundle."""
+    gpu_code: tuple[Annotated[str, StringConstraints(pattern=r"^sm_\d+[af]?$")], ...] = ()
+    """Machine code that a GPU library must hold; llama.cpp would otherwise fail at its first answer."""
 
 
 class Server(Settings):
@@ -56,6 +62,8 @@ class Server(Settings):
 
     threads: int | None = Field(None, ge=1)
     """Left out: the device's physical cores that this process may use."""
+    gpu_layers: Literal["all"] | Annotated[int, Field(ge=1)] | None = None
+    """Layers that go to the GPU; left out where there is none."""
     parallel: int = Field(1, ge=1)
     """Requests served at once; the context is divided among them."""
     cache_ram_mib: int = Field(0, ge=0)

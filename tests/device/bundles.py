@@ -113,11 +113,13 @@ def every_byte(folder: Path) -> dict[str, tuple[int, bytes]]:
     }
 
 
-def edgectl(folder: Path, *arguments: str, path: str = "/usr/bin:/bin") -> "subprocess.CompletedProcess[str]":
+def edgectl(
+    folder: Path, *arguments: str, path: str = "/usr/bin:/bin", **environment: str
+) -> "subprocess.CompletedProcess[str]":
     """The bundle's own edgectl, by the system's Python, without packages and without our environment."""
     python = shutil.which("python3", path="/usr/bin:/bin") or sys.executable
     argv = [python, "-I", "-S", str(folder / "edgectl"), *arguments]
-    return subprocess.run(argv, env={"PATH": path}, capture_output=True, text=True, check=False)
+    return subprocess.run(argv, env={"PATH": path, **environment}, capture_output=True, text=True, check=False)
 
 
 def toolchain(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":

@@ -105,6 +105,7 @@ def run(
                 "flags": list(llama.flags),
                 "backend": target.runtime.backend,
                 "glibc_floor": target.runtime.glibc_floor,
+                "device_libraries": list(target.runtime.device_libraries),
                 **asdict(programs),
             },
             "model": {
@@ -130,7 +131,7 @@ def run(
     total_bytes = sum(int(entry["bytes"]) for entry in files.values())
     report.line(f"{folder.name}: {total_bytes / 2**20:.1f} MiB, {manifest['bundle_id'][:19]}…")
     return {
-        "summary": f"{total_bytes / 1e6:.1f} MB in {len(files)} files, needs glibc {programs.glibc_needed}",
+        "summary": f"{total_bytes / 1e6:.1f} MB in {len(files)} files, glibc needed: {programs.glibc_needed}",
         "folder": folder.name,
         "bundle_id": manifest["bundle_id"],
         "bytes": total_bytes,

@@ -33,7 +33,7 @@ def render(description: dict[str, Any]) -> str:
 def _facts(description: dict[str, Any]) -> list[tuple[str, str]]:
     model, runtime, target = description["model"], description["runtime"], description["target"]
     return [
-        ("Made for", f"{target['description']} ({target['arch']}, glibc {runtime['glibc_needed']} or newer)"),
+        ("Made for", f"{target['description']} ({target['arch']}, {_glibc(runtime['glibc_needed'])})"),
         ("Architecture", model["architecture"]),
         ("Parameters", f"{model['parameters']:,}"),
         ("File type", f"{model['file_type']}, {model['bits_per_weight']:.2f} bits per weight in fact"),
@@ -43,6 +43,10 @@ def _facts(description: dict[str, Any]) -> list[tuple[str, str]]:
         ("Ends at", f"`{model['eos']['text']}` (id {model['eos']['id']})"),
         ("llama.cpp", f"`{runtime['llama_cpp_commit']}`, {runtime['backend']}"),
     ]
+
+
+def _glibc(needed: str) -> str:
+    return "no C library needed" if needed == "none" else f"glibc {needed} or newer"
 
 
 def _quality(ledger: dict[str, Any]) -> list[str]:

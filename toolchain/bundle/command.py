@@ -25,6 +25,7 @@ def server_argv(target: TargetProfile, *, model: str, alias: str, context: int) 
         *("--ctx-size", str(context)),
         *("--parallel", str(target.server.parallel)),
         *("--cache-ram", str(target.server.cache_ram_mib)),
+        *_gpu_layers(target),
         # What is not given would be shrunk to fit the memory; a bundle that does not fit must say so.
         *("--fit", "off"),
         # A web page that is open on the device has no business with the model.
@@ -38,13 +39,25 @@ def server_argv(target: TargetProfile, *, model: str, alias: str, context: int) 
     ]
 
 
+def _gpu_layers(target: TargetProfile) -> list[str]:
+    layers = target.server.gpu_layers
+    return [] if layers is None else ["--n-gpu-layers", str(layers)]
+
+
+def devices_argv() -> list[str]:
+    """llama-server, asked what it would compute on."""
+    return [f"{{bundle}}/{PROGRAMS}/llama-server", "--list-devices"]
+
+
 def api_key_argv() -> list[str]:
     """What is added when there is a key."""
     return ["--api-key-file", "{api_key_file}"]
 
 
-def bench_argv(*, model: str) -> list[str]:
+def bench_argv(target: TargetProfile, *, model: str) -> list[str]:
     """llama-bench: JSON on stdout, prefill and decode apart."""
+    layers = target.server.gpu_layers
+    on_gpu = [] if layers is None else ["--n-gpu-layers", "999" if layers == "all" else str(layers)]
     return [
         f"{{bundle}}/{PROGRAMS}/llama-bench",
         *("--model", f"{{bundle}}/{model}"),
@@ -53,6 +66,7 @@ def bench_argv(*, model: str) -> list[str]:
         *("--n-gen", "{generated_tokens}"),
         *("--repetitions", "{repetitions}"),
         *("--output", "json"),
+        *on_gpu,
     ]
 
 
@@ -66,5 +80,6 @@ def presets(target: TargetProfile, *, model: str, alias: str, context: int) -> d
             "threads": target.server.threads,
             "ready_timeout_s": target.server.ready_timeout_s,
         },
-        "bench": {"argv": bench_argv(model=model)},
+        "devices": {"argv": devices_argv()},
+        "bench": {"argv": bench_argv(target, model=model)},
     }

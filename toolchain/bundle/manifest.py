@@ -41,7 +41,9 @@ class Runtime(_Part):
     glibc_floor: str
     """What the target promises."""
     glibc_needed: str
-    """What the programs ask for in fact."""
+    """What the programs ask for in fact: a version, or "none" of static ones."""
+    device_libraries: list[str]
+    """Libraries that the device must have, beside glibc."""
     segment_alignment: int
     """Largest pages, in bytes, with which the programs can be mapped."""
     files: list[str]

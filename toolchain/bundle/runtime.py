@@ -18,6 +18,7 @@ from elftools.elf.dynamic import DynamicSection
 from elftools.elf.elffile import ELFFile
 from elftools.elf.gnuversions import GNUVerNeedSection, GNUVerSymSection
 
+from toolchain.bundle import fatbin
 from toolchain.errors import ExternalToolError, HostError
 from toolchain.gguf.llama_cpp import LlamaCpp
 from toolchain.target import TargetProfile
@@ -132,10 +133,11 @@ def collect(llama: LlamaCpp, target: TargetProfile, out: Path) -> RuntimeFacts:
     for name, elf in elves.items():
         _check(name, elf, target, set(elves))
     check_isa(out, target, proven=llama.root / "isa.json")
+    _check_gpu_code(out, target)
     newest = max(elf.glibc for elf in elves.values())
     return RuntimeFacts(
         files=tuple(elves),
-        glibc_needed=".".join(str(part) for part in newest),
+        glibc_needed=".".join(str(part) for part in newest) or "none",
         segment_alignment=min(elf.alignment for elf in elves.values()),
         bytes=sum(path.stat().st_size for path in out.iterdir()),
         compiler=_compiler(out / PROGRAMS[0]),
@@ -156,7 +158,7 @@ def _closure(folder: Path, target: TargetProfile) -> dict[str, Path]:
     waiting = [*PROGRAMS, *sorted(path.name for path in folder.glob("libggml-*.so") if _is_backend(path))]
     while waiting:
         name = waiting.pop()
-        if name in found or name in _GLIBC or name in _LOADERS:
+        if name in found or name in _GLIBC or name in _LOADERS or name in target.runtime.device_libraries:
             continue
         path = folder / name
         if not path.is_file() and name in COMPILER_LIBRARIES:
@@ -213,9 +215,12 @@ def _check(name: str, elf: Elf, target: TargetProfile, present: set[str]) -> Non
             f"{target.runtime.page_bytes}",
             hint="build with -Wl,-z,max-page-size=65536 in CMAKE_EXE_LINKER_FLAGS and CMAKE_SHARED_LINKER_FLAGS",
         )
-    missing = sorted(set(elf.needed) - present - _GLIBC - set(_LOADERS))
+    missing = sorted(set(elf.needed) - present - _GLIBC - set(_LOADERS) - set(target.runtime.device_libraries))
     if missing:
-        raise HostError(f"{name} needs {', '.join(missing)}, which is neither in the bundle nor in glibc")
+        raise HostError(
+            f"{name} needs {', '.join(missing)}, which is neither in the bundle nor in glibc",
+            hint="build without it; runtime.device_libraries names what a device has of its own",
+        )
     outside = [entry for entry in elf.search if not entry.startswith("$ORIGIN")]
     if outside:
         raise HostError(
@@ -238,6 +243,8 @@ def check_isa(folder: Path, target: TargetProfile, *, proven: Path | None = None
     passed = {"rules": isa.model_dump(mode="json"), "files": digests}
     if proven is not None and proven.is_file() and json.loads(proven.read_text(encoding="utf-8")) == passed:
         return
+    libraries = {path.name for path in files if path.name.startswith("libggml-cpu")}
+    computing = libraries or set(PROGRAMS)
     for path in files:
         seen = _search_code(path, target)
         for name in isa.forbidden:
@@ -246,7 +253,7 @@ def check_isa(folder: Path, target: TargetProfile, *, proven: Path | None = None
                     f"{path.name} uses {name}, which the target {target.name} does not have: {seen[name]}",
                     hint="build for the target's processor: GGML_NATIVE = false, and its own architecture in the flags",
                 )
-        lost = [name for name in isa.required if name not in seen] if path.name in PROGRAMS else []
+        lost = [name for name in isa.required if name not in seen] if path.name in computing else []
         if lost:
             raise HostError(
                 f"{path.name} makes no use of {lost[0]}, which the target {target.name} has",
@@ -259,6 +266,19 @@ def check_isa(folder: Path, target: TargetProfile, *, proven: Path | None = None
             return  # a cache that is not ours to write: it is looked at again the next time
 
 
+def _check_gpu_code(folder: Path, target: TargetProfile) -> None:
+    """Every `target.runtime.gpu_code` is in some library. Raises HostError."""
+    if not target.runtime.gpu_code:
+        return
+    held = {code for path in sorted(folder.iterdir()) for code in fatbin.code_in(path)}
+    missing = [code for code in target.runtime.gpu_code if code not in held]
+    if missing:
+        raise HostError(
+            f"no {', '.join(missing)} code in the programs for {target.name}, only {', '.join(sorted(held)) or 'none'}",
+            hint=f'build with GGML_CUDA = true and CMAKE_CUDA_ARCHITECTURES = "{missing[0][3:]}-real"',
+        )
+
+
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
@@ -267,6 +287,7 @@ def _search_code(path: Path, target: TargetProfile) -> dict[str, str]:
     """Rule → the first line of the disassembly that matches it."""
     wanted = {**target.runtime.isa.forbidden, **target.runtime.isa.required}
     patterns = {name: re.compile(pattern, re.MULTILINE) for name, pattern in wanted.items()}
+    left_out = _ranges(path, target.runtime.isa.dispatched)
     found: dict[str, str] = {}
     argv = [_objdump(target), "--disassemble", "--no-show-raw-insn", str(path)]
     said = ""
@@ -275,13 +296,33 @@ def _search_code(path: Path, target: TargetProfile) -> dict[str, str]:
         while text := child.stdout.read(_OBJDUMP_BYTES):
             text += child.stdout.readline()
             for name, pattern in patterns.items():
-                if name not in found and (match := pattern.search(text)):
-                    start, end = text.rfind("\n", 0, match.start()) + 1, text.find("\n", match.end())
-                    found[name] = " ".join(text[start:end].split())
+                if name not in found and (line := _first_line(pattern, text, left_out)):
+                    found[name] = line
             said = text.strip().rpartition("\n")[2]
     if child.returncode:
         raise ExternalToolError(f"{argv[0]} cannot read {path}: {said}")
     return found
+
+
+def _first_line(pattern: re.Pattern[str], text: str, left_out: list[range]) -> str | None:
+    """The first line of a disassembly that `pattern` matches at an address that is not `left_out`."""
+    for match in pattern.finditer(text):
+        start, end = text.rfind("\n", 0, match.start()) + 1, text.find("\n", match.end())
+        line = " ".join(text[start:end].split())
+        address = line.partition(":")[0]
+        if not any(int(address, 16) in addresses for addresses in left_out):
+            return line
+    return None
+
+
+def _ranges(path: Path, names: tuple[str, ...]) -> list[range]:
+    """Where the functions called `names` lie, by the symbols that the file has kept."""
+    if not names:
+        return []
+    with path.open("rb") as file:
+        table = ELFFile(file).get_section_by_name(".symtab")
+        symbols = [] if table is None else [symbol for symbol in table.iter_symbols() if _matches(symbol.name, names)]
+        return [range(symbol["st_value"], symbol["st_value"] + symbol["st_size"]) for symbol in symbols]
 
 
 def _objdump(target: TargetProfile) -> str:

@@ -24,6 +24,7 @@ from .files import Bundle
 
 _PR_SET_PDEATHSIG = 1
 _STOP_GRACE_S = 10.0
+_DEVICES_TIMEOUT_S = 60.0
 _POLL_S = 0.005
 _LOG_LINES = 4000
 
@@ -152,9 +153,34 @@ def start(
     extra: Sequence[str] = (),
     on_line: Callable[[str], None] | None = None,
 ) -> Server:
-    """Start the bundle's server. Raises DeviceError."""
+    """Start the bundle's server. Raises DeviceError, also where it would compute on something else than is promised."""
+    require_backend(bundle)
     argv = [*server_argv(bundle, host=host, port=port, key_file=key_file), *extra]
     return Server(argv, host=host, port=port, cwd=bundle.root, on_line=on_line)
+
+
+def require_backend(bundle: Bundle) -> None:
+    """A GPU that is promised is found by the programs. Raises DeviceError: the CPU would be used without a word.
+
+    A CPU is found by whatever runs at all, and is not asked for.
+    """
+    expected = str(bundle.manifest["runtime"]["backend"])
+    if expected == "CPU":
+        return
+    argv = fill(bundle.presets()["devices"]["argv"], {"bundle": str(bundle.root)})
+    with spawn(argv, cwd=bundle.root, stderr=subprocess.STDOUT) as child:
+        try:
+            said, _ = child.communicate(timeout=_DEVICES_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            raise DeviceError(f"llama-server did not name its devices within {_DEVICES_TIMEOUT_S:.0f} s") from None
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    if not any(line.startswith(expected) for line in lines):
+        last = (lines or ["it said nothing"])[-1]
+        raise DeviceError(
+            f"llama-server finds no {expected} device, and would use the processor: {last}",
+            hint="./edgectl verify names libraries that are missing; is the GPU's driver loaded, and new enough?",
+        )
 
 
 def server_argv(bundle: Bundle, *, host: str, port: int, key_file: Path | None) -> list[str]:

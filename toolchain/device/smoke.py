@@ -109,7 +109,12 @@ def _backend(bundle: files.Bundle, server: Server) -> tuple[bool, str]:
     used = max(held, key=lambda name: held[name])
     shown = f"{used} holds {held[used]:.0f} MiB of weights; loaded: {', '.join(libraries) or 'built in'}"
     # Buffers are named after the device: CPU, CPU_Mapped, CPU_REPACK, CUDA0.
-    return used.startswith(expected), f"{shown}; {expected} is expected"
+    right = used.startswith(expected)
+    for line in list(server.log) if expected != "CPU" else []:
+        if match := re.search(r"offloaded (\d+)/(\d+) layers", line):
+            right = right and match[1] == match[2]
+            shown += f"; {match[1]} of {match[2]} layers on the GPU"
+    return right, f"{shown}; {expected} is expected"
 
 
 def _model_digest(bundle: files.Bundle, client: Client) -> tuple[bool, str]:

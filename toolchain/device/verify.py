@@ -1,5 +1,6 @@
 """Is this the bundle that was built, and can this machine run it? A list of named checks."""
 
+import ctypes
 import os
 import platform
 from collections.abc import Callable
@@ -31,17 +32,36 @@ def host_checks(bundle: files.Bundle) -> list[Check]:
     checks = [
         check("architecture", arch == target["arch"], f"this machine is {arch}, the bundle is for {target['arch']}")
     ]
-    needed = str(runtime["glibc_needed"])
-    have = probe.glibc()
-    enough = have is not None and have >= tuple(int(part) for part in needed.split("."))
-    shown = f"glibc {have[0]}.{have[1]}" if have else "no glibc"
-    checks.append(check("glibc", enough, f"{shown} here, at least {needed} is needed"))
+    checks.append(_glibc_check(str(runtime["glibc_needed"])))
     page, alignment = os.sysconf("SC_PAGE_SIZE"), int(runtime["segment_alignment"])
     checks.append(check("page size", page <= alignment, f"{page} bytes here, programs are aligned to {alignment}"))
+    if runtime["device_libraries"]:
+        checks.append(_libraries_check(runtime["device_libraries"]))
     memory, wanted = probe.memory_bytes(), int(bundle.manifest["model"]["bytes"]) + files.SERVER_BYTES
     detail = f"{memory >> 20} MiB here, {wanted >> 20} MiB are needed for the model and its server"
     checks.append(check("memory", memory >= wanted, detail))
     return checks
+
+
+def _glibc_check(needed: str) -> Check:
+    if needed == "none":
+        return check("glibc", True, "the programs carry their own C library")
+    have = probe.glibc()
+    enough = have is not None and have >= tuple(int(part) for part in needed.split("."))
+    shown = f"glibc {have[0]}.{have[1]}" if have else "no glibc"
+    return check("glibc", enough, f"{shown} here, at least {needed} is needed")
+
+
+def _libraries_check(names: list[str]) -> Check:
+    """What the programs take from the system is there, found as they will find it."""
+    missing = []
+    for name in names:
+        try:
+            ctypes.CDLL(name)
+        except OSError:
+            missing.append(name)
+    detail = f"missing: {', '.join(missing)}" if missing else f"{len(names)} of the system's are there"
+    return check("libraries", not missing, detail)
 
 
 def signature_check(root: Path, required: signature.Policy | None) -> Check:

