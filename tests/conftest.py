@@ -9,7 +9,7 @@ import pytest
 if not any(Path(sign).exists() for sign in ("/proc/driver/nvidia/gpus", "/dev/nvidiactl", "/dev/dxg")):
     os.environ["TRITON_INTERPRET"] = "1"
 
-LAYERS = ("unit", "stages", "device", "end_to_end")
+LAYERS = ("unit", "stages", "device", "containers", "end_to_end")
 _TESTS = Path(__file__).parent
 
 
