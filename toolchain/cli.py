@@ -235,6 +235,21 @@ def pack(bundle: Path, form: str, out: Path, base: Path | None, force: bool, qui
 
 
 @cli.command()
+@click.option("--arch", type=click.Choice(["x86_64", "aarch64"]), required=True, help="The device's processor.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The file to write.")
+@click.option("--force", is_flag=True, help="Replace a file that is there.")
+@quiet_option
+def base(arch: str, out: Path, force: bool, quiet: bool) -> None:
+    """Make a base for `pack --form image` of Debian's packages: glibc and Python, 60 MB, no registry, no engine."""
+    from toolchain.bundle import minimal_base
+    from toolchain.terminal import Terminal
+
+    with Terminal(quiet=quiet) as terminal:
+        digest = minimal_base.make(out, arch=arch, report=terminal, force=force)["digest"]
+    click.echo(f"sha256:{digest}")
+
+
+@cli.command()
 @bundle_argument
 @click.option(
     "--allowed-signers", type=click.Path(path_type=Path), metavar="F",

@@ -32,7 +32,7 @@ KEY_FILE = "/run/secrets/api_key"
 """Where Docker puts the secret `api_key`; the server is open to a network only with a key."""
 CREATED = "1970-01-01T00:00:00Z"
 _SECOND_NS = 1_000_000_000
-_PLATFORMS = {"x86_64": {"architecture": "amd64"}, "aarch64": {"architecture": "arm64", "variant": "v8"}}
+PLATFORMS = {"x86_64": {"architecture": "amd64"}, "aarch64": {"architecture": "arm64", "variant": "v8"}}
 _HEALTH = f"import urllib.request as r; r.urlopen('http://127.0.0.1:{PORT}/health', timeout=4)"
 
 
@@ -56,7 +56,7 @@ def pack(folder: Path, out: Path, *, base: Path, report: Reporter, force: bool =
     Raises ArtifactError when the bundle is not as built, HostError for the disk or a base that will not do.
     """
     bundle = archive.open_to_pack(folder)
-    platform = {"os": "linux", **_PLATFORMS[bundle.manifest["target"]["arch"]]}
+    platform = {"os": "linux", **PLATFORMS[bundle.manifest["target"]["arch"]]}
     with open_base(base, platform) as stands_on:
         stands_on.check_contents(bundle.manifest["target"]["arch"])
         size = archive.total_bytes(bundle) + sum(layer.bytes for layer in stands_on.layers)
@@ -64,13 +64,13 @@ def pack(folder: Path, out: Path, *, base: Path, report: Reporter, force: bool =
             archive.finished(out, folder, size, force=force) as file,
             bar(report, "pack", total=4, unit="layer") as task,
         ):
-            result = _write(_Layout(file), bundle, stands_on, platform, task.advance)
+            result = _write(Layout(file), bundle, stands_on, platform, task.advance)
     report.line(f"{out}: {result['bytes'] / 2**20:.1f} MiB, sha256:{result['digest'][:12]}…")
     return result
 
 
 def _write(
-    layout: "_Layout", bundle: files.Bundle, base: BaseImage, platform: dict[str, str], advance: Callable[[], None]
+    layout: "Layout", bundle: files.Bundle, base: BaseImage, platform: dict[str, str], advance: Callable[[], None]
 ) -> dict[str, Any]:
     layers = [_base_layer(layout, base, index) for index in range(len(base.layers))]
     advance()
@@ -79,21 +79,43 @@ def _write(
         own.append((name, layout.layer(bundle, paths)))
         advance()
     layers += [blob for _, blob in own]
-    config = layout.blob_of(_json(_config(bundle, base, platform, own)), CONFIG_TYPE)
-    annotations = labels(bundle, base)
+    config = _config(bundle, base, platform, own)
+    repository, tag = reference(bundle)
+    digest, size = finish(
+        layout, layers, config, platform, name=f"{repository}:{tag}", annotations=labels(bundle, base)
+    )
+    return {
+        "digest": digest,
+        "bytes": size,
+        "layers": {name: {"digest": f"sha256:{blob.sha256}", "bytes": blob.bytes} for name, blob in own},
+        "base_bytes": sum(layer.bytes for layer in base.layers),
+        "reference": f"{repository}:{tag}",
+    }
+
+
+def finish(
+    layout: "Layout",
+    layers: list[Blob],
+    config: dict[str, Any],
+    platform: dict[str, str],
+    *,
+    name: str,
+    annotations: dict[str, str],
+) -> tuple[str, int]:
+    """Write what makes an image called `name` of layers: the manifest's SHA-256 in hex, and the bytes of all."""
+    described = layout.blob_of(_json(config), CONFIG_TYPE)
     manifest = layout.blob_of(
         _json(
             {
                 "schemaVersion": 2,
                 "mediaType": MANIFEST_TYPE,
-                "config": config.descriptor(),
+                "config": described.descriptor(),
                 "layers": [blob.descriptor() for blob in layers],
                 "annotations": annotations,
             }
         ),
         MANIFEST_TYPE,
     )
-    repository, tag = reference(bundle)
     index = {
         "schemaVersion": 2,
         "mediaType": INDEX_TYPE,
@@ -102,28 +124,22 @@ def _write(
                 **manifest.descriptor(),
                 "platform": platform,
                 "annotations": {
-                    "org.opencontainers.image.ref.name": tag,
-                    "io.containerd.image.name": f"docker.io/library/{repository}:{tag}",
+                    "org.opencontainers.image.ref.name": name.partition(":")[2],
+                    "io.containerd.image.name": f"docker.io/library/{name}",
                 },
             }
         ],
     }
     for_docker = [
         {
-            "Config": f"blobs/sha256/{config.sha256}",
-            "RepoTags": [f"{repository}:{tag}"],
+            "Config": f"blobs/sha256/{described.sha256}",
+            "RepoTags": [name],
             "Layers": [f"blobs/sha256/{blob.sha256}" for blob in layers],
         }
     ]
     layout.file("index.json", _json(index))
     layout.file("manifest.json", _json(for_docker))
-    return {
-        "digest": manifest.sha256,
-        "bytes": layout.end(),
-        "layers": {name: {"digest": f"sha256:{blob.sha256}", "bytes": blob.bytes} for name, blob in own},
-        "base_bytes": sum(layer.bytes for layer in base.layers),
-        "reference": f"{repository}:{tag}",
-    }
+    return manifest.sha256, layout.end()
 
 
 def layers_of(bundle: files.Bundle) -> list[tuple[str, list[str]]]:
@@ -198,7 +214,7 @@ def _config(
     }
 
 
-def _base_layer(layout: "_Layout", base: BaseImage, index: int) -> Blob:
+def _base_layer(layout: "Layout", base: BaseImage, index: int) -> Blob:
     layer = base.layers[index]
     media_type = GZIP_LAYER if layer.gzip else PLAIN_LAYER
     blob = layout.blob(lambda write: base.copy(index, write), media_type, diff_id=layer.diff_id)
@@ -213,7 +229,7 @@ def _json(content: object) -> bytes:
     return json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False).encode()
 
 
-class _Layout:
+class Layout:
     """An OCI layout inside a tar. A blob is called by its digest, which is known when it has been written: its header
     is put in then, so that nothing is read twice."""
 

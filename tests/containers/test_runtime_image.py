@@ -1,0 +1,186 @@
+"""runtime-x86-cpu and runtime-rpi5: built by an engine, run as on a device, asked a question, stopped."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.containers import context
+from tests.containers.engine import Engine
+from tests.device import tiny_chat
+from toolchain.bundle import build, image, minimal_base
+from toolchain.gguf import llama_cpp
+from toolchain.reporter import Silent
+from toolchain.target import read_target
+
+pytestmark = [pytest.mark.docker, pytest.mark.llama_cpp]
+CONFINED = ("--read-only", "--network", "none", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")
+KEY = "a key of this test"
+PLATFORMS = {"x86-cpu": "linux/amd64", "rpi5": "linux/arm64"}
+# What runs in the container: its own Python asks its own server, since the network is its own.
+ASK = f"""
+import json, sys, urllib.request
+path, body = sys.argv[1], sys.argv[2].encode()
+headers = {{"Authorization": "Bearer {KEY}"}} if len(sys.argv) < 4 else {{}}
+request = urllib.request.Request("http://127.0.0.1:8080" + path, body, headers)
+try:
+    print(urllib.request.urlopen(request, timeout=120).read().decode())
+except urllib.error.HTTPError as error:
+    print(error.code)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where images are built: the checkout, and a bundle for each target in work/bundle/."""
+    made = context.make(tmp_path_factory.mktemp("context"))
+    out = made / "work" / "bundle"
+    out.mkdir(parents=True)
+    for name in PLATFORMS:
+        target = read_target(name)
+        build.run(
+            build.BundleSettings(name="tiny", version="1.0", context=tiny_chat.CONTEXT),
+            target=target,
+            gguf=tiny_chat.write_gguf(made / "model.gguf"),
+            quantize_facts={},
+            ledger=None,
+            golden=tiny_chat.golden(),
+            lineage={},
+            llama=llama_cpp.find(target.runtime.cmake),
+            out=out,
+            report=Silent(),
+        )
+    return made
+
+
+@pytest.fixture(scope="module")
+def images(docker: Engine, debian: str, folder: Path) -> dict[str, str]:
+    """Target → the image that runtime.Dockerfile makes of its bundle."""
+    tags = {}
+    for name, platform in PLATFORMS.items():
+        tags[name] = f"toolchain-test:runtime-{name}"
+        built = docker.run(
+            *("build", "--network", "host", "--platform", platform, "--file", f"{folder}/docker/runtime.Dockerfile"),
+            *("--build-arg", f"DEBIAN={debian}", "--build-arg", f"BUNDLE=work/bundle/tiny-1.0-{name}"),
+            *("--tag", tags[name], str(folder)),
+        )
+        assert built.returncode == 0, built.stderr[-3000:]
+    return tags
+
+
+@contextmanager
+def running(docker: Engine, tag: str, folder: Path, *options: str) -> Iterator[str]:
+    """The container's name, once its server is ready."""
+    key = folder / "api_key"
+    key.write_text(KEY)
+    key.chmod(0o644)
+    name = f"toolchain-test-{os.getpid()}-{time.monotonic_ns()}"
+    secret = f"{key}:/run/secrets/api_key:ro"
+    try:
+        started = docker.run("run", "--detach", "--name", name, *CONFINED, "--volume", secret, *options, tag)
+        assert started.returncode == 0, started.stderr
+        limit = time.monotonic() + 120
+        while "ready after" not in (said := docker.run("logs", name).stderr):
+            assert inspect(docker, name)["State"]["Running"], said
+            assert time.monotonic() < limit, said
+            time.sleep(0.2)
+        yield name
+    finally:
+        docker.run("rm", "--force", name)
+
+
+def inspect(docker: Engine, name: str) -> dict[str, Any]:
+    (found,) = json.loads(docker.run("inspect", name).stdout)
+    content: dict[str, Any] = found
+    return content
+
+
+def ask(docker: Engine, name: str, path: str, body: dict[str, Any], *more: str) -> Any:
+    done = docker.run("exec", name, "python3", "-I", "-S", "-c", ASK, path, json.dumps(body), *more)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def chat(docker: Engine, name: str, *more: str) -> Any:
+    body = {"messages": tiny_chat.golden()[0]["messages"], "temperature": 0}
+    return ask(docker, name, "/v1/chat/completions", body, *more)
+
+
+def expect_service(docker: Engine, name: str) -> None:
+    assert chat(docker, name)["choices"][0]["message"]["content"] == tiny_chat.ANSWER
+    assert chat(docker, name, "without key") == 401
+
+
+def test_without_its_model_the_image_is_small_and_has_no_shell(
+    docker: Engine, images: dict[str, str], folder: Path
+) -> None:
+    model = next((folder / "work" / "bundle" / "tiny-1.0-x86-cpu" / "model").iterdir()).stat().st_size
+    assert inspect(docker, images["x86-cpu"])["Size"] - model <= 150e6
+    for program in ("/bin/sh", "/usr/bin/apt-get", "/usr/bin/dpkg", "/usr/bin/gcc"):
+        ran = docker.run("run", "--rm", *CONFINED, "--entrypoint", program, images["x86-cpu"])
+        assert "no such file" in ran.stderr
+
+
+def test_it_serves_read_only_and_not_as_root_is_healthy_and_stops_when_asked(
+    docker: Engine, images: dict[str, str], folder: Path
+) -> None:
+    with running(docker, images["x86-cpu"], folder, "--health-interval", "1s") as name:
+        expect_service(docker, name)
+        status = docker.run("exec", name, "python3", "-c", "print(open('/proc/1/status').read())").stdout
+        assert "Uid:\t65532\t65532\t65532\t65532" in status
+        assert "CapEff:\t0000000000000000" in status
+        written = docker.run("exec", name, "python3", "-c", "open('/bundle/x', 'w')")
+        assert "Read-only file system" in written.stderr or "Permission denied" in written.stderr
+        limit = time.monotonic() + 30
+        while inspect(docker, name)["State"]["Health"]["Status"] != "healthy":
+            assert time.monotonic() < limit
+            time.sleep(0.2)
+        verified = docker.run("exec", name, "python3", "-I", "-S", "/bundle/edgectl", "verify")
+        assert verified.returncode == 0, verified.stdout
+        start = time.monotonic()
+        assert docker.run("stop", name).returncode == 0
+        assert time.monotonic() - start < 9  # after 10 it is killed
+        assert inspect(docker, name)["State"]["ExitCode"] == 143
+
+
+def test_without_a_key_it_does_not_listen_to_the_network(docker: Engine, images: dict[str, str]) -> None:
+    ran = docker.run("run", "--rm", *CONFINED, images["x86-cpu"])
+    assert ran.returncode != 0
+    assert "error: --api-key-file /run/secrets/api_key: cannot be read" in ran.stderr
+
+
+def test_the_pis_image_gives_the_tokens_of_the_x86_one(docker: Engine, images: dict[str, str], folder: Path) -> None:
+    """Under qemu's Cortex-A76, which the kernel starts for arm64 programs."""
+    if not Path("/proc/sys/fs/binfmt_misc/qemu-aarch64").exists():
+        if os.environ.get("CI"):
+            pytest.fail("the kernel does not know qemu-aarch64")
+        pytest.skip("the kernel does not know qemu-aarch64: apt-get install qemu-user-static binfmt-support")
+    body = {"prompt": tiny_chat.golden()[1]["prompt_ids"], "n_predict": 16, "temperature": 0, "return_tokens": True}
+    tokens = {}
+    for target, options in (("x86-cpu", ()), ("rpi5", ("--env", "QEMU_CPU=cortex-a76"))):
+        with running(docker, images[target], folder, *options) as name:
+            expect_service(docker, name)
+            tokens[target] = ask(docker, name, "/completion", body)["tokens"]
+    assert inspect(docker, images["rpi5"])["Architecture"] == "arm64"
+    assert tokens["rpi5"] == tokens["x86-cpu"]
+    assert tokens["rpi5"]
+
+
+def test_an_image_that_was_packed_without_an_engine_serves_as_well(
+    docker: Engine, folder: Path, tmp_path: Path
+) -> None:
+    base, out = tmp_path / "base.tar", tmp_path / "image.tar"
+    minimal_base.make(base, arch="x86_64", report=Silent())
+    bundle = tmp_path / "tiny-1.0-x86-cpu"
+    shutil.copytree(folder / "work" / "bundle" / bundle.name, bundle)
+    result = image.pack(bundle, out, base=base, report=Silent())
+    loaded = docker.run("load", "--input", str(out))
+    assert loaded.returncode == 0, loaded.stderr
+    with running(docker, result["reference"], tmp_path) as name:
+        expect_service(docker, name)
