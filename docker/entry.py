@@ -31,10 +31,11 @@ def problems() -> list[tuple[str, str]]:
         )
     if os.environ.get("TOOLCHAIN_GPU", "optional") == "required":
         found += gpu_problems()
-        size = os.statvfs("/dev/shm")
+        size = os.statvfs("/dev/shm")  # noqa: S108 - asked how large it is
         if size.f_blocks * size.f_frsize < SHARED_MEMORY_NEEDED:
             mib = (size.f_blocks * size.f_frsize) >> 20
-            found.append((f"/dev/shm has {mib} MiB, {SHARED_MEMORY_NEEDED >> 20} are needed", "docker run --shm-size 2g"))
+            needed = SHARED_MEMORY_NEEDED >> 20
+            found.append((f"shared memory, /dev/shm, has {mib} MiB, {needed} are needed", "docker run --shm-size 2g"))
     return found
 
 
@@ -84,7 +85,7 @@ def main() -> None:
     if found:
         sys.exit(3)
     with contextlib.suppress(OSError):
-        os.execvp("toolchain", ["toolchain", *arguments])
+        os.execvp("toolchain", ["toolchain", *arguments])  # noqa: S606 - there is no shell to need
     print("error: no toolchain in this image", file=sys.stderr)
     sys.exit(3)
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,13 +35,17 @@ except urllib.error.HTTPError as error:
 """
 
 
+def bundle_in(folder: Path, target: str) -> Path:
+    return folder / "work" / f"bundle-{target}" / "0123456789abcdef" / f"tiny-1.0-{target}"
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where images are built: the checkout, and a bundle for each target in work/bundle/."""
+    """Where images are built: the checkout, and a bundle for each target where a run leaves it."""
     made = context.make(tmp_path_factory.mktemp("context"))
-    out = made / "work" / "bundle"
-    out.mkdir(parents=True)
     for name in PLATFORMS:
+        out = bundle_in(made, name).parent
+        out.mkdir(parents=True)
         target = read_target(name)
         build.run(
             build.BundleSettings(name="tiny", version="1.0", context=tiny_chat.CONTEXT),
@@ -67,7 +70,12 @@ def images(docker: Engine, debian: str, folder: Path) -> dict[str, str]:
         tags[name] = f"toolchain-test:runtime-{name}"
         built = docker.run(
             *("build", "--network", "host", "--platform", platform, "--file", f"{folder}/docker/runtime.Dockerfile"),
-            *("--build-arg", f"DEBIAN={debian}", "--build-arg", f"BUNDLE=work/bundle/tiny-1.0-{name}"),
+            *(
+                "--build-arg",
+                f"DEBIAN={debian}",
+                "--build-arg",
+                f"BUNDLE={bundle_in(folder, name).relative_to(folder)}",
+            ),
             *("--tag", tags[name], str(folder)),
         )
         assert built.returncode == 0, built.stderr[-3000:]
@@ -120,7 +128,7 @@ def expect_service(docker: Engine, name: str) -> None:
 def test_without_its_model_the_image_is_small_and_has_no_shell(
     docker: Engine, images: dict[str, str], folder: Path
 ) -> None:
-    model = next((folder / "work" / "bundle" / "tiny-1.0-x86-cpu" / "model").iterdir()).stat().st_size
+    model = next((bundle_in(folder, "x86-cpu") / "model").iterdir()).stat().st_size
     assert inspect(docker, images["x86-cpu"])["Size"] - model <= 150e6
     for program in ("/bin/sh", "/usr/bin/apt-get", "/usr/bin/dpkg", "/usr/bin/gcc"):
         ran = docker.run("run", "--rm", *CONFINED, "--entrypoint", program, images["x86-cpu"])
@@ -177,9 +185,7 @@ def test_an_image_that_was_packed_without_an_engine_serves_as_well(
 ) -> None:
     base, out = tmp_path / "base.tar", tmp_path / "image.tar"
     minimal_base.make(base, arch="x86_64", report=Silent())
-    bundle = tmp_path / "tiny-1.0-x86-cpu"
-    shutil.copytree(folder / "work" / "bundle" / bundle.name, bundle)
-    result = image.pack(bundle, out, base=base, report=Silent())
+    result = image.pack(bundle_in(folder, "x86-cpu"), out, base=base, report=Silent())
     loaded = docker.run("load", "--input", str(out))
     assert loaded.returncode == 0, loaded.stderr
     with running(docker, result["reference"], tmp_path) as name:

@@ -174,8 +174,8 @@ def _closure(folder: Path, target: TargetProfile) -> dict[str, Path]:
 
 
 def _is_backend(path: Path) -> bool:
-    """Backends carry no version in their names; of the others, the ones that are needed are found through NEEDED."""
-    return path.name != "libggml-base.so"
+    """One that is loaded by name at start has no version; where the plain name is a link, NEEDED leads to the rest."""
+    return not path.is_symlink() and path.name != "libggml-base.so"
 
 
 def _compiler_library(name: str, target: TargetProfile) -> Path:

@@ -47,6 +47,11 @@ def filled(cmake: Mapping[str, str | bool], folder: Path) -> dict[str, str | boo
     }
 
 
+def link_flags(folder: Path) -> str:
+    """For programs: where the libraries of a library are, which need not be whole here; the device has them."""
+    return f"-Wl,-rpath-link,{folder}/lib -Wl,--allow-shlib-undefined"
+
+
 def line() -> str:
     """What it is, for the key of a build."""
     return "; ".join(f"{wheel['name']} {wheel['version']}" for wheel in _pins())

@@ -183,9 +183,10 @@ def build(cmake: Mapping[str, str | bool], *, report: Reporter) -> LlamaCpp:
             return _open(final)
         hint = "free some space, or set TOOLCHAIN_CACHE to a folder on another disk"
         require_free(home, _FREE_BYTES * (3 if "GGML_CUDA" in cmake else 1), "the build", hint=hint)
-        options = cmake
+        options, link = cmake, ""
         if cuda_toolkit.wanted(cmake):
-            options = cuda_toolkit.filled(cmake, cuda_toolkit.make(cache_folder(), report=report))
+            toolkit = cuda_toolkit.make(cache_folder(), report=report)
+            options, link = cuda_toolkit.filled(cmake, toolkit), cuda_toolkit.link_flags(toolkit)
         partial = home / f"{key}.partial"
         partial.mkdir(exist_ok=True)
         sdist = _unpack(fetch(report=report), partial / "sdist")
@@ -194,7 +195,7 @@ def build(cmake: Mapping[str, str | bool], *, report: Reporter) -> LlamaCpp:
         no_paths = f"-ffile-prefix-map={sdist}=."
         env = {
             **{"CFLAGS": no_paths, "CXXFLAGS": no_paths, "CUDAFLAGS": f"-Xcompiler={no_paths}"},
-            **{"LDFLAGS": "", "CMAKE_TOOLCHAIN_FILE": ""},
+            **{"LDFLAGS": link, "CMAKE_TOOLCHAIN_FILE": ""},
         }
         hint = f"full output: {log}"
         process.run(configure_argv(tools, source, objects, options), log=log, env=env, hint=hint)
