@@ -183,8 +183,10 @@ def test_the_pis_image_gives_the_tokens_of_the_x86_one(docker: Engine, images: d
 def test_an_image_that_was_packed_without_an_engine_serves_as_well(
     docker: Engine, folder: Path, tmp_path: Path
 ) -> None:
-    base, out = tmp_path / "base.tar", tmp_path / "image.tar"
-    minimal_base.make(base, arch="x86_64", report=Silent())
+    base, again, out = (tmp_path / f"{name}.tar" for name in ("base", "again", "image"))
+    for path in (base, again):
+        minimal_base.make(path, arch="x86_64", report=Silent())
+    assert base.read_bytes() == again.read_bytes()
     result = image.pack(bundle_in(folder, "x86-cpu"), out, base=base, report=Silent())
     loaded = docker.run("load", "--input", str(out))
     assert loaded.returncode == 0, loaded.stderr

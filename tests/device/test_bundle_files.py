@@ -249,6 +249,13 @@ def test_the_model_card_shows_the_ledger_as_a_table(make: Make) -> None:
     assert "1.0000 before, 0.2500 after" in card
     assert "passed: KL(adapter ‖ merged)" in card
     assert "```json" not in card
+    assert "`./edgectl bench` measures them" in card
+
+
+def test_what_only_the_device_can_tell_is_marked_with_the_command_that_tells(make: Make) -> None:
+    marked = files.open_bundle(make()).manifest["on_device"]
+    assert marked["tokens_per_second"] == {"measured": False, "command": "./edgectl bench"}
+    assert all(entry["measured"] is False for entry in marked.values())
 
 
 def test_the_parts_list_is_valid_cyclonedx_and_has_every_program_with_its_digest(make: Make) -> None:

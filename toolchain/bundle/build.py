@@ -32,6 +32,7 @@ _ENTRY = "edgectl.py"
 _PROGRAM_MODE, _FILE_MODE, _FOLDER_MODE = 0o755, 0o644, 0o755
 _BLOCK_BYTES = 1 << 20
 SBOM = "sbom.cdx.json"
+_ON_DEVICE = {"works": "smoke", "tokens_per_second": "bench", "cold_start": "bench", "memory": "bench"}
 _GCC_NOTE = """libstdc++.so.6 and libgcc_s.so.1 are parts of the GNU Compiler Collection, copied without change but for
 debugging symbols. They are under the GNU General Public License, version 3, with the GCC Runtime Library Exception,
 version 3.1: programs that use them may be conveyed under terms of one's choice.
@@ -116,6 +117,9 @@ def run(
             },
             "lineage": dict(sorted(lineage.items())),
             "quality": ledger,
+            "on_device": {
+                name: {"measured": False, "command": f"./edgectl {verb}"} for name, verb in _ON_DEVICE.items()
+            },
             "sbom": SBOM,
         }
         _write(folder / "MODEL_CARD.md", card.render(description))

@@ -19,6 +19,10 @@ def render(description: dict[str, Any]) -> str:
     parts.append("Then `http://127.0.0.1:8080/v1` speaks the OpenAI API. Needs Python 3.10 or newer and no packages.")
     lineage = "\n".join(f"- {name}: `{digest}`" for name, digest in description["lineage"].items())
     parts.append(f"## Made from\n\n{lineage or 'Nothing recorded.'}")
+    parts.append(
+        "## On the device\n\nSpeed, start and memory are not measured in a bundle: it was built before it ran "
+        "anywhere. `./edgectl bench` measures them where it lies."
+    )
     parts.append("## What was lost on the way")
     parts += ["Not evaluated."] if description["quality"] is None else _quality(description["quality"])
     licence = description["model"]["licence"]

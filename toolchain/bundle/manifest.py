@@ -81,6 +81,13 @@ class Model(_Part):
     eos: Token
 
 
+class Unmeasured(_Part):
+    """What only the device can tell, and how to ask it."""
+
+    measured: Literal[False]
+    command: str
+
+
 class BundleManifest(_Part):
     """Everything a device needs to know of a bundle. SHA256SUMS lists this file, and its signature is for both."""
 
@@ -96,6 +103,8 @@ class BundleManifest(_Part):
     """Stage → digest of what it made, from the teacher on."""
     quality: dict[str, Any] | None
     """The ledger with its gates; null: not evaluated."""
+    on_device: dict[str, Unmeasured]
+    """Speed, start, memory: a bundle is built before it has run anywhere."""
     sbom: str
     """Path of the CycloneDX document."""
     files: dict[str, FileFacts]
