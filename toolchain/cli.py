@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shlex
 import signal
 import sys
@@ -381,6 +382,7 @@ def runtime_build(target: str, quiet: bool) -> None:
     from toolchain.terminal import Terminal
 
     profile = read_target(target)
+    profile.check_build_host(platform.machine())
     with Terminal(quiet=quiet) as terminal:
         built = llama_cpp.build(profile.runtime.cmake, report=terminal)
         terminal.line(_checked(built, profile))

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, StringConstraints
 
-from toolchain.errors import RecipeError
+from toolchain.errors import HostError, RecipeError
 from toolchain.recipe import Name
 from toolchain.resources import resource
 from toolchain.settings import Settings, read_toml
@@ -81,6 +81,18 @@ class TargetProfile(Settings):
     """Of the smallest board that is meant; left out: any. Model, cache and server must fit into it."""
     runtime: Runtime
     server: Server = Server()
+
+    def check_build_host(self, machine: str) -> None:
+        """`machine`, as uname has it, can build for the device: by a cross compiler, or being of its kind.
+
+        Raises HostError.
+        """
+        if self.arch != machine and "CMAKE_SYSTEM_NAME" not in self.runtime.cmake:
+            raise HostError(
+                f"{self.name} is built on {self.arch}, this host is {machine}",
+                hint="build on the device or in a container for it (docs/targets.md), or give the profile a cross "
+                "compiler: runtime.cmake with CMAKE_SYSTEM_NAME, CMAKE_C_COMPILER and CMAKE_CXX_COMPILER",
+            )
 
 
 def targets() -> dict[str, Path]:

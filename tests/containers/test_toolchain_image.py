@@ -128,7 +128,22 @@ def test_no_build_tools_and_no_package_manager_of_python_are_left(docker: Engine
     assert helped.stdout.startswith("Usage: toolchain")
 
 
-def test_the_dockerfiles_name_the_pinned_base() -> None:
+def test_the_jetsons_dockerfile_goes_as_far_as_the_compiler(docker: Engine, folder: Path, debian: str) -> None:
+    """On a stand-in for NVIDIA's image, which has the compiler and cannot be had here."""
+    arguments = {"BASE": debian, "PYTHON": "python3", "PIP_OPTIONS": "--no-index --find-links /wheels"}
+    built = docker.run(
+        *("build", "--network", "host", "--progress", "plain", "--file", f"{folder}/docker/jetson-orin.Dockerfile"),
+        *(part for name, value in arguments.items() for part in ("--build-arg", f"{name}={value}")),
+        str(folder),
+        timeout_s=900,
+    )
+    assert built.returncode != 0
+    assert "error: jetson-orin is built on aarch64, this host is x86_64" in built.stderr
+
+
+def test_the_dockerfiles_name_the_pinned_bases() -> None:
+    jetson = (context.ROOT / "docker" / "jetson-orin.Dockerfile").read_text().splitlines()
+    assert f"ARG BASE={versions()['images']['jetson_orin_build']}" in jetson
     for name in ("Dockerfile", "runtime.Dockerfile"):
         lines = (context.ROOT / "docker" / name).read_text().splitlines()
         assert f"ARG DEBIAN={versions()['images']['debian']}" in lines

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from toolchain.errors import RecipeError
+from toolchain.errors import HostError, RecipeError
 from toolchain.recipe import Recipe, read_recipe
 from toolchain.settings import _models_in, without_operational
 from toolchain.target import read_target, targets
@@ -326,3 +326,10 @@ def test_a_profile_that_cannot_be_is_refused(tmp_path: Path, line: str, says: st
     (tmp_path / "x86-cpu.toml").write_text(text)
     with pytest.raises(RecipeError, match=says):
         read_target(str(tmp_path / "x86-cpu.toml"))
+
+
+def test_a_device_without_a_cross_compiler_is_not_built_for_on_another_processor() -> None:
+    with pytest.raises(HostError, match="jetson-orin is built on aarch64, this host is x86_64"):
+        read_target("jetson-orin").check_build_host("x86_64")
+    read_target("jetson-orin").check_build_host("aarch64")
+    read_target("rpi5").check_build_host("x86_64")

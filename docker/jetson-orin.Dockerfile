@@ -1,0 +1,24 @@
+# llama.cpp for the target jetson-orin, in NVIDIA's image with JetPack 6's compiler; what it made goes into the toolchain's
+# cache on the host, where `toolchain run --target jetson-orin` finds it. On an arm64 host, or under qemu (hours).
+#
+#   docker build -f docker/jetson-orin.Dockerfile --platform linux/arm64 --output type=local,dest="$HOME/.cache/toolchain/llama.cpp" .
+ARG BASE=nvcr.io/nvidia/l4t-jetpack:r36.4.0
+
+FROM ${BASE} AS build
+ARG PYTHON=python3.11
+RUN apt-get update && apt-get install --yes --no-install-recommends binutils ca-certificates g++ ${PYTHON} ${PYTHON}-venv \
+ && rm -rf /var/lib/apt/lists/*
+WORKDIR /src
+COPY pyproject.toml wheel[s]* /wheels/
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY docker docker
+COPY licences licences
+COPY targets targets
+COPY toolchain toolchain
+ENV PATH=/opt/venv/bin:$PATH TOOLCHAIN_CACHE=/opt/cache PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+ARG PIP_OPTIONS=""
+RUN ${PYTHON} -m venv /opt/venv && pip install --quiet ${PIP_OPTIONS} -c constraints.txt ".[gguf]"
+RUN toolchain runtime build --target jetson-orin && rm -f /opt/cache/llama.cpp/*.lock /opt/cache/llama.cpp/*.log
+
+FROM scratch AS out
+COPY --from=build /opt/cache/llama.cpp /
