@@ -12,8 +12,8 @@ import pytest
 
 from tests.containers import context
 from tests.containers.engine import Engine
-from tests.device import tiny_chat
-from toolchain.bundle import build, image, minimal_base
+from tests.device import bundles, tiny_chat
+from toolchain.bundle import image, minimal_base
 from toolchain.gguf import llama_cpp
 from toolchain.reporter import Silent
 from toolchain.target import read_target
@@ -47,18 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         out = bundle_in(made, name).parent
         out.mkdir(parents=True)
         target = read_target(name)
-        build.run(
-            build.BundleSettings(name="tiny", version="1.0", context=tiny_chat.CONTEXT),
-            target=target,
-            gguf=tiny_chat.write_gguf(made / "model.gguf"),
-            quantize_facts={},
-            ledger=None,
-            golden=tiny_chat.golden(),
-            lineage={},
-            llama=llama_cpp.find(target.runtime.cmake),
-            out=out,
-            report=Silent(),
-        )
+        bundles.around(llama_cpp.find(target.runtime.cmake), target, out)
     return made
 
 

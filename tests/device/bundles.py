@@ -104,6 +104,23 @@ def maker(llama: LlamaCpp, model: Path, tmp_path: Path) -> Make:
     return bundle
 
 
+def around(llama: LlamaCpp, for_target: TargetProfile, out: Path) -> Path:
+    """A bundle of the tiny chat model, in `out`, with the programs that were built for a target."""
+    facts = build.run(
+        build.BundleSettings(name="tiny", version="1.0", context=tiny_chat.CONTEXT),
+        target=for_target,
+        gguf=tiny_chat.write_gguf(out / "model.gguf"),
+        quantize_facts={},
+        ledger=None,
+        golden=tiny_chat.golden(),
+        lineage={},
+        llama=llama,
+        out=out,
+        report=Silent(),
+    )
+    return out / str(facts["folder"])
+
+
 def every_byte(folder: Path) -> dict[str, tuple[int, bytes]]:
     """Path → mode and content of every file below `folder`."""
     return {

@@ -4,7 +4,6 @@ import hashlib
 import io
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -13,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.device import bundles, tiny_chat
 from tests.device.bundles import edgectl, every_byte, toolchain
 from tests.device.test_bundle_signature import allow, make_key
 from toolchain.bundle import archive, seal
@@ -23,18 +21,6 @@ from toolchain.errors import ArtifactError, HostError
 from toolchain.reporter import Silent
 
 pytestmark = pytest.mark.device
-
-
-@pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("built")
-    model = tiny_chat.write_gguf(place / "model.gguf")
-    return bundles.maker(bundles.install(place / "llama.cpp"), model, place)()
-
-
-@pytest.fixture
-def bundle(built: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(built, tmp_path / "copy" / built.name))
 
 
 @pytest.fixture(scope="session")

@@ -30,18 +30,6 @@ LOADER = {
 }
 
 
-@pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("built")
-    model = tiny_chat.write_gguf(place / "model.gguf")
-    return bundles.maker(bundles.install(place / "llama.cpp"), model, place)()
-
-
-@pytest.fixture
-def bundle(built: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(built, tmp_path / "copy" / built.name))
-
-
 def tar_of(*names: str) -> bytes:
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:

@@ -1,13 +1,11 @@
 """Who vouches for a bundle: signing it with an OpenSSH key, and every way in which a signature can be wrong."""
 
 import json
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.device import bundles, tiny_chat
 from tests.device.bundles import edgectl, toolchain
 from toolchain.bundle import seal
 from toolchain.device import files, signature
@@ -16,18 +14,6 @@ from toolchain.errors import ArtifactError, ExternalToolError, HostError
 
 pytestmark = pytest.mark.device
 SIGNER = "builder@example.org"
-
-
-@pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("built")
-    model = tiny_chat.write_gguf(place / "model.gguf")
-    return bundles.maker(bundles.install(place / "llama.cpp"), model, place)()
-
-
-@pytest.fixture
-def bundle(built: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(built, tmp_path / built.name))
 
 
 def make_key(path: Path, kind: str = "ed25519", passphrase: str = "") -> Path:

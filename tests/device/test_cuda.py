@@ -5,31 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.device import bundles, tiny_chat
-from toolchain.bundle import build
+from tests.device import bundles
 from toolchain.gguf import llama_cpp
 from toolchain.reporter import Silent
-from toolchain.target import TargetProfile, read_target
+from toolchain.target import read_target
 
 pytestmark = [pytest.mark.device, pytest.mark.llama_cpp]
 PROFILE = Path(__file__).with_name("x86-cuda.toml")
 NEEDS_GPU = pytest.mark.skipif(not Path("/dev/nvidiactl").exists(), reason="needs an NVIDIA GPU")
-
-
-def make(folder: Path, target: TargetProfile, llama: llama_cpp.LlamaCpp) -> Path:
-    facts = build.run(
-        build.BundleSettings(name="tiny", version="1.0", context=tiny_chat.CONTEXT),
-        target=target,
-        gguf=tiny_chat.write_gguf(folder / "model.gguf"),
-        quantize_facts={},
-        ledger=None,
-        golden=tiny_chat.golden(),
-        lineage={},
-        llama=llama,
-        out=folder,
-        report=Silent(),
-    )
-    return folder / str(facts["folder"])
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +21,7 @@ def without_cuda(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cpu = read_target("x86-cpu")
     promised = cpu.runtime.model_copy(update={"backend": "CUDA"})
     target = cpu.model_copy(update={"runtime": promised, "server": cpu.server.model_copy(update={"gpu_layers": "all"})})
-    return make(tmp_path_factory.mktemp("without"), target, llama_cpp.find(cpu.runtime.cmake))
+    return bundles.around(llama_cpp.find(cpu.runtime.cmake), target, tmp_path_factory.mktemp("without"))
 
 
 @pytest.mark.parametrize("verb", ["serve", "smoke", "bench"])
@@ -51,7 +34,7 @@ def test_a_build_without_cuda_does_not_answer_from_the_processor(without_cuda: P
 def test_libraries_that_the_machine_lacks_are_named(tmp_path: Path) -> None:
     cpu = read_target("x86-cpu")
     lacking = cpu.runtime.model_copy(update={"device_libraries": ("libm.so.6", "libcublas.so.99")})
-    bundle = make(tmp_path, cpu.model_copy(update={"runtime": lacking}), llama_cpp.find(cpu.runtime.cmake))
+    bundle = bundles.around(llama_cpp.find(cpu.runtime.cmake), cpu.model_copy(update={"runtime": lacking}), tmp_path)
     ran = bundles.edgectl(bundle, "verify", "--json")
     checks = {item["name"]: item for item in json.loads(ran.stdout)["checks"]}
     assert (ran.returncode, checks["libraries"]["ok"]) == (1, False)
@@ -62,7 +45,7 @@ def test_libraries_that_the_machine_lacks_are_named(tmp_path: Path) -> None:
 def with_cuda(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = read_target(str(PROFILE))
     llama = llama_cpp.build(target.runtime.cmake, report=Silent())
-    return make(tmp_path_factory.mktemp("cuda"), target, llama)
+    return bundles.around(llama, target, tmp_path_factory.mktemp("cuda"))
 
 
 @pytest.mark.gpu

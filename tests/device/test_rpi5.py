@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from tests.device import tiny_chat
+from tests.device import bundles, tiny_chat
 from tests.device.test_bundle_image import config_in, read, saved
-from toolchain.bundle import build, image, runtime
+from toolchain.bundle import image, runtime
 from toolchain.errors import HostError
 from toolchain.gguf import llama_cpp
 from toolchain.reporter import Silent
@@ -34,20 +34,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         llama = llama_cpp.find(target.runtime.cmake)
     except HostError as error:
         pytest.skip(f"{error.message}: toolchain runtime build --target rpi5")
-    out = tmp_path_factory.mktemp("rpi5")
-    facts = build.run(
-        build.BundleSettings(name="tiny", version="1.0", context=tiny_chat.CONTEXT),
-        target=target,
-        gguf=tiny_chat.write_gguf(out / "model.gguf"),
-        quantize_facts={},
-        ledger=None,
-        golden=tiny_chat.golden(),
-        lineage={},
-        llama=llama,
-        out=out,
-        report=Silent(),
-    )
-    return out / str(facts["folder"])
+    return bundles.around(llama, target, tmp_path_factory.mktemp("rpi5"))
 
 
 def test_the_programs_are_for_the_board_and_small(bundle: Path) -> None:

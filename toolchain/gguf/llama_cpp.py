@@ -193,10 +193,8 @@ def build(cmake: Mapping[str, str | bool], *, report: Reporter) -> LlamaCpp:
         source, objects, log = sdist / "vendor" / "llama.cpp", partial / "build", home / f"{key}.log"
         # Not the caller's own: they would change the build without changing its key. No path of this machine in it.
         no_paths = f"-ffile-prefix-map={sdist}=."
-        env = {
-            **{"CFLAGS": no_paths, "CXXFLAGS": no_paths, "CUDAFLAGS": f"-Xcompiler={no_paths}"},
-            **{"LDFLAGS": link, "CMAKE_TOOLCHAIN_FILE": ""},
-        }
+        env = {"CFLAGS": no_paths, "CXXFLAGS": no_paths, "CUDAFLAGS": f"-Xcompiler={no_paths}"}
+        env |= {"LDFLAGS": link, "CMAKE_TOOLCHAIN_FILE": ""}
         hint = f"full output: {log}"
         process.run(configure_argv(tools, source, objects, options), log=log, env=env, hint=hint)
         with _ninja_bar(report) as on_line:
