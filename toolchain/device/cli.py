@@ -1,6 +1,7 @@
 """`./edgectl VERB`: parse, call, print. The only module here that writes to the terminal."""
 
 import argparse
+import contextlib
 import json
 import signal
 import sys
@@ -8,17 +9,19 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from . import bench, files, probe, serve, signature, smoke, unpack, verify
+from . import bench, files, install, probe, releases, serve, signature, smoke, supervise, unpack, verify
+from . import service as service_module
 from .errors import DeviceError, UsageError
 
 
 class _TerminatedError(Exception):
-    """SIGTERM."""
+    """SIGTERM, or the terminal is gone."""
 
 
 def main(root: Path, arguments: list[str]) -> int:
     """Run one verb on the bundle at `root`; the exit code."""
     signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGHUP, _terminate)
     options = _parser().parse_args(arguments)
     try:
         return int(options.call(root if options.takes_folder else files.open_bundle(root), options))
@@ -79,6 +82,46 @@ def _parser() -> argparse.ArgumentParser:
     verb.set_defaults(call=_unpack, takes_folder=True)
     _signer_options(verb)
 
+    verb = verbs.add_parser("install", help="put a bundle in service: stage, swap, start, try, keep or go back")
+    verb.add_argument(
+        "source",
+        type=Path,
+        nargs="?",
+        metavar="BUNDLE",
+        help="another bundle's folder or archive (default: the bundle of this edgectl)",
+    )
+    _home_options(verb)
+    known = releases.Settings()
+    verb.add_argument("--host", help=f"address to listen on (default: as before, or {known.host})")
+    verb.add_argument("--port", type=int, help=f"port to listen on (default: as before, or {known.port})")
+    verb.add_argument("--api-key-file", type=Path, metavar="F", help="file with the keys that are let in, one a line")
+    verb.set_defaults(call=_install, takes_folder=True)
+    _signer_options(verb)
+    _json_option(verb)
+
+    verb = verbs.add_parser("rollback", help="serve the release that was good before this one")
+    _home_options(verb)
+    verb.set_defaults(call=_rollback, takes_folder=True)
+    _json_option(verb)
+
+    verb = verbs.add_parser("status", help="say what is installed and what is served")
+    _home_options(verb)
+    verb.set_defaults(call=_status, takes_folder=True)
+    _json_option(verb)
+
+    verb = verbs.add_parser("gc", help="remove releases that are neither served nor needed for a rollback")
+    _home_options(verb)
+    verb.set_defaults(call=_gc, takes_folder=True)
+    _json_option(verb)
+
+    verb = verbs.add_parser("uninstall", help="stop the service and remove every release")
+    _home_options(verb)
+    verb.set_defaults(call=_uninstall, takes_folder=True)
+
+    verb = verbs.add_parser("supervise", help="what the service runs: serve the release that is to be served")
+    _home_options(verb, service=False)
+    verb.set_defaults(call=_supervise, takes_folder=True)
+
     verb = verbs.add_parser("info", help="say what the bundle is and what this machine is")
     verb.set_defaults(call=_info)
     _json_option(verb)
@@ -87,6 +130,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _json_option(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--json", action="store_true", help="print the record as JSON")
+
+
+def _home_options(verb: argparse.ArgumentParser, *, service: bool = True) -> None:
+    text = f"folder of the releases (default: {releases.default_home()})"
+    verb.add_argument("--home", type=Path, default=releases.default_home(), metavar="DIR", help=text)
+    if service:
+        text = "what keeps the server running (default: systemd for root where it is the init, else a process)"
+        verb.add_argument("--service", choices=service_module.KINDS, help=text)
 
 
 def _signer_options(verb: argparse.ArgumentParser) -> None:
@@ -99,7 +150,9 @@ def _signer_options(verb: argparse.ArgumentParser) -> None:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    """A line of progress. Nobody may be listening any more: an installation is not broken off for that."""
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def _print_json(record: dict[str, Any]) -> None:
@@ -123,6 +176,70 @@ def _verify(root: Path, options: argparse.Namespace) -> int:
 def _unpack(root: Path, options: argparse.Namespace) -> int:
     required = signature.policy(options.allowed_signers, options.signer)
     print(unpack.run(options.archive, options.into, required=required, say=_say))
+    return 0
+
+
+def _service(options: argparse.Namespace) -> service_module.Service:
+    return service_module.find(releases.Home(options.home.absolute()), options.service)
+
+
+def _install(root: Path, options: argparse.Namespace) -> int:
+    changes = {name: value for name in ("host", "port") if (value := getattr(options, name)) is not None}
+    if options.api_key_file is not None:
+        changes["api_key_file"] = str(options.api_key_file.absolute())
+    record = install.install(
+        options.source if options.source is not None else root,
+        _service(options),
+        required=signature.policy(options.allowed_signers, options.signer),
+        changes=changes,
+        say=_say,
+    )
+    return _show_release(record, options.json)
+
+
+def _rollback(root: Path, options: argparse.Namespace) -> int:
+    return _show_release(install.rollback(_service(options), say=_say), options.json)
+
+
+def _show_release(record: dict[str, Any], as_json: bool) -> int:
+    if as_json:
+        _print_json(record)
+    else:
+        checks = record["smoke"]["checks"]
+        print(f"{record['release']} is served and good: {len(checks)} checks ok; before it: {record['previous']}")
+    return 0
+
+
+def _status(root: Path, options: argparse.Namespace) -> int:
+    record = install.status(_service(options))
+    if options.json:
+        _print_json(record)
+    else:
+        width = max(len(key) for key in record)
+        for key, value in record.items():
+            shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+            if isinstance(value, dict):
+                shown = "; ".join(f"{name} {item}" for name, item in value.items() if item is not None)
+            print(f"{key.replace('_', ' '):<{width}}  {'none' if shown in (None, '') else shown}")
+    return 0 if record["answers"] else 1
+
+
+def _gc(root: Path, options: argparse.Namespace) -> int:
+    removed = install.gc(releases.Home(options.home.absolute()), say=_say)
+    if options.json:
+        _print_json({"schema_version": 1, "removed": removed})
+    else:
+        print("\n".join(removed) if removed else "nothing to remove")
+    return 0
+
+
+def _uninstall(root: Path, options: argparse.Namespace) -> int:
+    install.uninstall(_service(options), say=_say)
+    return 0
+
+
+def _supervise(root: Path, options: argparse.Namespace) -> int:
+    supervise.run(releases.Home(options.home.absolute()), _say)
     return 0
 
 

@@ -16,3 +16,15 @@ class UsageError(DeviceError):
     """An option that cannot be used as it was given."""
 
     exit_code = 2
+
+
+class RolledBackError(DeviceError):
+    """A release was not good; the device serves the one before, or nothing where there was none."""
+
+    exit_code = 3
+
+
+class BusyError(DeviceError):
+    """Another process is at it, or has the port."""
+
+    exit_code = 4

@@ -19,21 +19,29 @@ from typing import Any
 
 from . import probe
 from .client import Client
-from .errors import DeviceError, UsageError
-from .files import Bundle
+from .errors import BusyError, DeviceError, UsageError
+from .files import Bundle, sha256
 
 _PR_SET_PDEATHSIG = 1
 _STOP_GRACE_S = 10.0
 _DEVICES_TIMEOUT_S = 60.0
 _POLL_S = 0.005
 _LOG_LINES = 4000
+KEY_VARIABLE = "EDGECTL_API_KEY"
 
 
 class Server:
     """A running llama-server. Use in a `with` block: it is stopped at the end whatever happens."""
 
     def __init__(
-        self, argv: Sequence[str], *, host: str, port: int, cwd: Path, on_line: Callable[[str], None] | None = None
+        self,
+        argv: Sequence[str],
+        *,
+        host: str,
+        port: int,
+        cwd: Path,
+        key: str | None = None,
+        on_line: Callable[[str], None] | None = None,
     ) -> None:
         """Spawn it. Raises DeviceError when the program cannot be started."""
         self.host, self.port = host, port
@@ -44,7 +52,7 @@ class Server:
         """Spawn → /health is 200, once `wait_ready` has returned."""
         self._on_line = on_line
         self.spawned_at_s = time.perf_counter()
-        self._child = spawn(argv, cwd=cwd, stderr=subprocess.STDOUT)
+        self._child = spawn(argv, cwd=cwd, stderr=subprocess.STDOUT, key=key)
         self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._reader.start()
 
@@ -54,8 +62,7 @@ class Server:
 
     def wait_ready(self, timeout_s: float) -> float:
         """Poll /health until it is 200; seconds since the spawn. Raises DeviceError when the server ends or is late."""
-        address = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host  # noqa: S104 - compared, not bound
-        client = Client(address, self.port, timeout_s=timeout_s)
+        client = Client(local_address(self.host), self.port, timeout_s=timeout_s)
         while True:
             if self._child.poll() is not None:
                 self._reader.join(1)
@@ -123,20 +130,31 @@ class Server:
         self.stop()
 
 
-def spawn(argv: Sequence[str], *, cwd: Path, stderr: int) -> "subprocess.Popen[str]":
-    """Start one of the bundle's programs; it dies with this process. Raises DeviceError."""
+def local_address(host: str) -> str:
+    """Where a server that listens on `host` is asked from the machine itself."""
+    return "127.0.0.1" if host in ("0.0.0.0", "::") else host  # noqa: S104 - compared, not bound
+
+
+def spawn(argv: Sequence[str], *, cwd: Path, stderr: int, key: str | None = None) -> "subprocess.Popen[str]":
+    """Start one of the bundle's programs; it dies with this process. Raises DeviceError.
+
+    A `key` goes by the environment, which unlike the arguments only its user can read.
+    """
+    environment = clean_environment(os.environ)
+    if key is not None:
+        environment["LLAMA_API_KEY"] = key
     try:
         return subprocess.Popen(
             argv,
             cwd=cwd,
-            env=clean_environment(os.environ),
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
             errors="replace",
             start_new_session=True,  # Ctrl-C reaches edgectl alone, which then asks the server once
-            preexec_fn=_die_with_parent(),  # noqa: PLW1509 - one prctl call, no locks taken
+            preexec_fn=die_with_parent(),  # noqa: PLW1509 - one prctl call, no locks taken
         )
     except OSError as error:
         raise DeviceError(
@@ -150,13 +168,14 @@ def start(
     host: str,
     port: int,
     key_file: Path | None = None,
+    key: str | None = None,
     extra: Sequence[str] = (),
     on_line: Callable[[str], None] | None = None,
 ) -> Server:
     """Start the bundle's server. Raises DeviceError, also where it would compute on something else than is promised."""
     require_backend(bundle)
     argv = [*server_argv(bundle, host=host, port=port, key_file=key_file), *extra]
-    return Server(argv, host=host, port=port, cwd=bundle.root, on_line=on_line)
+    return Server(argv, host=host, port=port, cwd=bundle.root, key=key, on_line=on_line)
 
 
 def require_backend(bundle: Bundle) -> None:
@@ -217,32 +236,36 @@ def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in environ.items()
-        if not name.startswith(("LLAMA_", "GGML_", "AIP_")) and name not in ("LD_LIBRARY_PATH", "LD_PRELOAD")
+        if not name.startswith(("LLAMA_", "GGML_", "AIP_"))
+        and name not in ("LD_LIBRARY_PATH", "LD_PRELOAD", KEY_VARIABLE)
     }
 
 
-def check_address(host: str, port: int, key_file: Path | None) -> None:
+def check_address(host: str, port: int, *, has_key: bool) -> None:
     """Refuse what cannot work or is not safe, before anything starts. Raises UsageError and DeviceError."""
-    if not 1 <= port <= 65535:
-        raise UsageError(f"--port {port}: not between 1 and 65535")
-    if key_file is not None:
-        _check_key_file(key_file)
-    elif not _is_loopback(host):
-        raise UsageError(
-            f"--host {host} is open to the network and there is no API key",
-            hint="add --api-key-file F, or leave --host out",
-        )
+    check_listen(host, port, has_key=has_key)
     try:
         _bind(host, port)
     except socket.gaierror:
         raise UsageError(f"--host {host}: no such address") from None
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise DeviceError(
+            raise BusyError(
                 f"port {port} on {host} is in use",
                 hint=f"port {free_port(host)} is free: ./edgectl serve --port {free_port(host)}",
             ) from None
         raise DeviceError(f"cannot listen on {host} port {port}: {error.strerror}") from None
+
+
+def check_listen(host: str, port: int, *, has_key: bool) -> None:
+    """An address that may be listened on. Raises UsageError."""
+    if not 1 <= port <= 65535:
+        raise UsageError(f"--port {port}: not between 1 and 65535")
+    if not has_key and not _is_loopback(host):
+        raise UsageError(
+            f"--host {host} is open to the network and there is no API key",
+            hint=f"add --api-key-file F or set {KEY_VARIABLE}, or leave --host out",
+        )
 
 
 def free_port(host: str = "127.0.0.1") -> int:
@@ -266,16 +289,27 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _check_key_file(path: Path) -> None:
+def read_keys(key_file: Path | None) -> list[str]:
+    """The keys that are let in: a file's, one a line, or that of the environment; empty when none is set.
+
+    Raises UsageError.
+    """
+    if key_file is None:
+        key = os.environ.get(KEY_VARIABLE)
+        if key is not None and not key.strip():
+            raise UsageError(f"{KEY_VARIABLE} is set and empty", hint="unset it, or give it the key")
+        return [] if key is None else [key]
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = key_file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--api-key-file {path}: cannot be read: {error}") from None
-    if not any(line and not line.startswith("#") for line in lines):
-        raise UsageError(f"--api-key-file {path}: holds no key", hint="one key on each line")
+        raise UsageError(f"--api-key-file {key_file}: cannot be read: {error}") from None
+    keys = [line for line in lines if line and not line.startswith("#")]
+    if not keys:
+        raise UsageError(f"--api-key-file {key_file}: holds no key", hint="one key on each line")
+    return keys
 
 
-def _die_with_parent() -> Callable[[], None]:
+def die_with_parent() -> Callable[[], None]:
     """For the child before exec: Linux kills it when its parent dies, so a kill −9 of edgectl leaves no server."""
     prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
 
@@ -287,12 +321,65 @@ def _die_with_parent() -> Callable[[], None]:
     return ask
 
 
+class Restarts:
+    """How long to wait before a program that has ended is started again, and when to give up."""
+
+    FIRST_S, LONGEST_S = 0.5, 30.0
+    STEADY_S = 60.0
+    LIMIT = 6
+
+    def __init__(self) -> None:
+        self._in_a_row = 0
+
+    def after(self, lived_s: float) -> float | None:
+        """Seconds to wait, twice as many each time; None after six short lives in a row.
+
+        A life of a minute or more ends the row: what crashes once a day is started again for ever.
+        """
+        self._in_a_row = 1 if lived_s >= self.STEADY_S else self._in_a_row + 1
+        if self._in_a_row > self.LIMIT:
+            return None
+        return float(min(self.LONGEST_S, self.FIRST_S * 2 ** (self._in_a_row - 1)))
+
+
 def run(bundle: Bundle, *, host: str, port: int, key_file: Path | None, say: Callable[[str], None]) -> None:
-    """Serve until a signal (raised as an exception by `cli`) ends it. Raises DeviceError when the server ends."""
-    check_address(host, port, key_file)
-    with start(bundle, host=host, port=port, key_file=key_file and key_file.resolve(), on_line=say) as server:
-        seconds = server.wait_ready(ready_timeout_s(bundle))
-        shown = f"[{host}]" if ":" in host else host
-        say(f"ready after {seconds:.2f} s: http://{shown}:{port}/v1 serves {bundle.manifest['name']}")
-        server.wait()
-        raise DeviceError(f"llama-server {server.ended()}: {server.last_error()}")
+    """Serve until a signal (raised as an exception by `cli`) ends it; a server that crashes is started again.
+
+    Raises DeviceError when it does not become ready, or crashes again and again.
+    """
+    keys = read_keys(key_file)
+    check_address(host, port, has_key=bool(keys))
+    restarts = Restarts()
+    while True:
+        start_s = time.monotonic()
+        by_environment = keys[0] if keys and key_file is None else None
+        with start(
+            bundle, host=host, port=port, key_file=key_file and key_file.resolve(), key=by_environment, on_line=say
+        ) as server:
+            seconds = server.wait_ready(ready_timeout_s(bundle))
+            require_model(bundle, server, keys)
+            shown = f"[{host}]" if ":" in host else host
+            say(f"ready after {seconds:.2f} s: http://{shown}:{port}/v1 serves {bundle.manifest['name']}")
+            server.wait()
+            ended = f"llama-server {server.ended()}: {server.last_error()}"
+        wait_s = restarts.after(time.monotonic() - start_s)
+        if wait_s is None:
+            raise DeviceError(f"{ended}; it ended {restarts.LIMIT + 1} times in a row", hint="./edgectl doctor, smoke")
+        say(f"{ended}; started again in {wait_s:g} s")
+        time.sleep(wait_s)
+
+
+def require_model(bundle: Bundle, server: Server, keys: Sequence[str]) -> None:
+    """The server has this bundle's model, and the file's bytes are those that were built. Raises DeviceError."""
+    client = Client(local_address(server.host), server.port, keys[0] if keys else None)
+    try:
+        path = Path(client.get("/props")["model_path"])
+    except OSError as error:
+        raise DeviceError(f"llama-server no longer answers ({error}): {server.last_error()}") from error
+    if not path.samefile(bundle.model):
+        raise DeviceError(f"the server has loaded {path}, not the bundle's {bundle.model}")
+    digest = sha256(path)
+    if digest != bundle.manifest["model"]["sha256"]:
+        raise DeviceError(
+            f"{path}: its bytes are not those that were built: sha256 {digest}", hint="copy the bundle again"
+        )

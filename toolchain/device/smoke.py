@@ -1,6 +1,7 @@
 """Does the bundle do on this machine what it did where it was built? Named checks, all run, on one server start."""
 
 import hashlib
+import json
 import re
 import secrets
 import tempfile
@@ -17,6 +18,7 @@ from .verify import Check, check
 _MAX_TOKENS = 512
 _STREAMED_PROMPTS = 3
 _EOS_SHARE = 0.5
+_JSON_TOKENS = 64
 _CLEAN_STOP_S = 8.0
 _TRACE = ("--verbosity", "4")  # the server then says which backend holds which buffer
 
@@ -36,11 +38,17 @@ def run(bundle: files.Bundle, say: Callable[[str], None]) -> dict[str, Any]:
             with serve.start(bundle, host="127.0.0.1", port=port, key_file=key_file, extra=_TRACE) as server:
                 seconds = server.wait_ready(serve.ready_timeout_s(bundle))
                 checks.append(check("server ready", True, f"{' → '.join(server.health)} in {seconds:.2f} s"))
-                checks += _served(bundle, server, Client("127.0.0.1", port, key), say)
+                checks.append(_checked("backend", lambda: _backend(bundle, server)))
+                checks += _served(bundle, Client("127.0.0.1", port, key), say)
                 checks.append(_stop(server))
         except DeviceError as error:
             checks.append(check("server ready", False, error.message))
     return verify.report(bundle.id, checks)
+
+
+def live(bundle: files.Bundle, client: Client, say: Callable[[str], None]) -> dict[str, Any]:
+    """The checks that can be made of a server that runs already, on its own address."""
+    return verify.report(bundle.id, list(_served(bundle, client, say)))
 
 
 def _scratch() -> "tempfile.TemporaryDirectory[str]":
@@ -52,7 +60,7 @@ def _scratch() -> "tempfile.TemporaryDirectory[str]":
         ) from None
 
 
-def _served(bundle: files.Bundle, server: Server, client: Client, say: Callable[[str], None]) -> Iterator[Check]:
+def _served(bundle: files.Bundle, client: Client, say: Callable[[str], None]) -> Iterator[Check]:
     golden = bundle.golden()
     model = bundle.manifest["model"]
     answers: list[dict[str, Any]] = []
@@ -76,7 +84,6 @@ def _served(bundle: files.Bundle, server: Server, client: Client, say: Callable[
         ) and not wrong, f"{len(pairs) - len(wrong)} of {len(golden)} chats feed as many ids as expected"
 
     named: list[tuple[str, Callable[[], tuple[bool, str]]]] = [
-        ("backend", lambda: _backend(bundle, server)),
         ("model digest", lambda: _model_digest(bundle, client)),
         ("chat template", lambda: _template(model, client)),
         ("special tokens", lambda: _special_tokens(model, client)),
@@ -84,15 +91,21 @@ def _served(bundle: files.Bundle, server: Server, client: Client, say: Callable[
         ("stops at eos", eos_check),
         ("chat feeds those ids", fed_check),
         ("streamed = whole", lambda: _streamed(client, model, golden, answers)),
-        ("API key", lambda: _api_key(client)),
+        ("answers in JSON", lambda: _json_answer(client)),
     ]
+    if client.key is not None:
+        named.append(("API key", lambda: _api_key(client)))
     for name, function in named:
-        try:
-            yield check(name, *function())
-        except DeviceError as error:
-            yield check(name, False, error.message)
-        except OSError as error:
-            yield check(name, False, f"the server does not answer: {error}")
+        yield _checked(name, function)
+
+
+def _checked(name: str, function: Callable[[], tuple[bool, str]]) -> Check:
+    try:
+        return check(name, *function())
+    except DeviceError as error:
+        return check(name, False, error.message)
+    except OSError as error:
+        return check(name, False, f"the server does not answer: {error}")
 
 
 def _backend(bundle: files.Bundle, server: Server) -> tuple[bool, str]:
@@ -179,6 +192,25 @@ def _streamed(
     return True, f"{len(compared)} answers are the same at temperature 0"
 
 
+def _json_answer(client: Client) -> tuple[bool, str]:
+    """An answer under a JSON schema fits it: the server's grammar works with this model's tokens."""
+    schema = {
+        "type": "object",
+        "properties": {"works": {"type": "boolean"}},
+        "required": ["works"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "works", "schema": schema, "strict": True}}
+    messages = [{"role": "user", "content": "Does this work? Answer in JSON."}]
+    answer = client.chat(messages, temperature=0, seed=0, max_tokens=_JSON_TOKENS, response_format=form)
+    try:
+        said = json.loads(answer["text"])
+    except ValueError:
+        return False, f"asked for by a schema, got {answer['text'][:80]!r}"
+    fits = isinstance(said, dict) and set(said) == {"works"} and isinstance(said["works"], bool)
+    return fits, f"asked for by a schema, got {json.dumps(said)[:80]}"
+
+
 def _api_key(client: Client) -> tuple[bool, str]:
     without, _ = client.request("GET", "/v1/models", with_key=False)
     chat, _ = client.request("POST", "/v1/chat/completions", {"messages": []}, with_key=False)
@@ -191,7 +223,7 @@ def _api_key(client: Client) -> tuple[bool, str]:
 def _stop(server: Server) -> Check:
     code, seconds = server.stop()
     try:
-        serve.check_address(server.host, server.port, None)
+        serve.check_address(server.host, server.port, has_key=False)
         freed = True
     except DeviceError:
         freed = False

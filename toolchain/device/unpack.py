@@ -6,20 +6,16 @@ when the signature, where one is required, and the list of files have been found
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from . import files, signature, tape
+from . import files, place, signature, tape
 from .errors import DeviceError
 
-_STAGING = ".{}.unpacking"
-_FOLDER_MODE = 0o755
 _NOT_OURS = "do not use it: it was not packed by this toolchain, or was changed"
 
 
@@ -35,26 +31,33 @@ class Head:
     verdict: signature.Verdict
 
 
-def run(archive: Path, into: Path, *, required: signature.Policy | None, say: Callable[[str], None]) -> Path:
-    """Unpack `archive` into a new folder below `into`, which is returned. Raises DeviceError; nothing is left then."""
+def run(
+    archive: Path,
+    into: Path,
+    *,
+    required: signature.Policy | None,
+    say: Callable[[str], None],
+    name: Callable[[dict[str, Any]], str] | None = None,
+) -> Path:
+    """Unpack `archive` into a new folder below `into`, which is returned. Raises DeviceError; nothing is left then.
+
+    The folder is called as in the archive, or by `name` from the manifest.
+    """
     if not into.is_dir():
         raise DeviceError(f"{into}: no such folder", hint=f"mkdir -p {into}")
     with _opened(archive) as file:
         reader = tape.Reader(file, archive.name)
         head = read_head(reader, required)
         say(f"signature: {head.verdict.detail}")
-        final = into / head.top
+        final = into / (head.top if name is None else name(head.manifest))
         if os.path.lexists(final):
             raise DeviceError(f"{final} is there already", hint="remove it, or unpack into another folder")
-        _check_room(head, into)
-        with _staging(into, head.top) as staged:
+        place.check_room(into, head.manifest)
+        with place.new_folder(final) as staged:
             for path, content in head.small.items():
-                _write(staged / path, 0o644, iter([content]))
+                place.write(staged / path, 0o644, iter([content]))
             for path, blocks in read_rest(reader, head):
-                _write(staged / path, int(head.manifest["files"][path]["mode"], 8), blocks)
-            _sync_folders(staged)
-            staged.rename(final)
-            _sync(into)
+                place.write(staged / path, int(head.manifest["files"][path]["mode"], 8), blocks)
     say(f"{len(head.manifest['files'])} files as built")
     return final
 
@@ -156,62 +159,3 @@ def _opened(archive: Path) -> Iterator[BinaryIO]:
             ) from None
         name = error.filename if error.filename is not None else archive
         raise DeviceError(f"{name}: {error.strerror}: nothing was unpacked") from None
-
-
-def _check_room(head: Head, into: Path) -> None:
-    disk = os.statvfs(into)
-    free, needed = disk.f_bavail * disk.f_frsize, sum(int(facts["bytes"]) for facts in head.manifest["files"].values())
-    if free < needed:
-        raise DeviceError(
-            f"{into}: {free >> 20} MiB free, {head.top} needs {needed / 2**20:.0f} MiB: nothing was unpacked",
-            hint="free some space, or unpack into a folder on another disk",
-        )
-
-
-@contextlib.contextmanager
-def _staging(into: Path, top: str) -> Iterator[Path]:
-    """An empty folder beside the place, for this process alone; what a killed one left there is cleared away."""
-    staged = into / _STAGING.format(top)
-    staged.mkdir(mode=0o700, exist_ok=True)
-    handle = os.open(staged, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DeviceError(f"{top} is being unpacked into {into} by another process", hint="wait for it") from None
-        try:
-            for left in staged.iterdir():
-                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
-            yield staged
-        except BaseException:
-            shutil.rmtree(staged, ignore_errors=True)
-            raise
-    finally:
-        os.close(handle)
-
-
-def _write(path: Path, mode: int, blocks: Iterator[bytes]) -> None:
-    """A new file, whole on the disk when this returns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(handle, "wb") as out:
-        for block in blocks:
-            out.write(block)
-        out.flush()
-        os.fchmod(handle, mode)
-        os.fsync(handle)
-
-
-def _sync_folders(root: Path) -> None:
-    """Folders for everyone to read whatever the umask is, and on the disk."""
-    for folder, _, _ in os.walk(root, topdown=False):
-        Path(folder).chmod(_FOLDER_MODE)
-        _sync(Path(folder))
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

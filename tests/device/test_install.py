@@ -1,0 +1,464 @@
+"""Releases on a device: installed, tried, rolled back, killed at every step, filled up, damaged. The server is real."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.device import bundles, tiny_chat
+from tests.device.test_bundle_served import _ENVIRONMENT, _PYTHON
+from toolchain.bundle import build
+from toolchain.device import releases, serve, supervise
+from toolchain.device.client import Client
+from toolchain.device.errors import DeviceError
+from toolchain.errors import HostError
+from toolchain.gguf import llama_cpp
+from toolchain.reporter import Silent
+from toolchain.target import read_target
+
+pytestmark = [pytest.mark.device, pytest.mark.llama_cpp]
+_KILLER = Path(__file__).with_name("killer.py")
+_RESTART_S = 20.0
+"""Far above what a restart takes, for a busy machine; what it takes is in docs/device.md."""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two good bundles, and one whose answers do not end."""
+    try:
+        llama = llama_cpp.find(read_target("x86-cpu").runtime.cmake)
+    except HostError as error:
+        pytest.skip(error.message)
+    place = tmp_path_factory.mktemp("bundles")
+
+    def bundle(version: str, eos: str = "<|fin|>") -> Path:
+        out = place / version
+        out.mkdir()
+        facts = build.run(
+            build.BundleSettings(name="tiny", version=version, context=tiny_chat.CONTEXT),
+            target=read_target("x86-cpu"),
+            gguf=tiny_chat.write_gguf(out / "model.gguf", eos=eos),
+            quantize_facts={},
+            ledger=None,
+            golden=tiny_chat.golden(),
+            lineage={},
+            llama=llama,
+            out=out,
+            report=Silent(),
+        )
+        return out / str(facts["folder"])
+
+    return {"1": bundle("1"), "2": bundle("2"), "endless": bundle("3", eos="<|other|>")}
+
+
+@dataclass
+class Device:
+    """A home, and the edgectl of a bundle beside it."""
+
+    root: Path
+    bundles: dict[str, Path]
+    port: int
+
+    def edgectl(self, verb: str, *arguments: str, by: str = "1") -> "subprocess.CompletedProcess[str]":
+        argv = [_PYTHON, "-I", "-S", str(self.bundles[by] / "edgectl"), verb, *self.options(verb), *arguments]
+        return subprocess.run(argv, cwd="/", env=_ENVIRONMENT, capture_output=True, text=True, check=False, timeout=180)
+
+    def options(self, verb: str) -> list[str]:
+        options = ["--home", str(self.root), "--service", "process"]
+        return [*options, "--port", str(self.port)] if verb == "install" else options
+
+    def install(self, which: str) -> None:
+        result = self.edgectl("install", by=which)
+        assert result.returncode == 0, result.stderr
+
+    def status(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.edgectl("status", "--json").stdout)
+        return found
+
+    def serves(self) -> str | None:
+        """Version of the bundle that answers now."""
+        try:
+            status, props = Client("127.0.0.1", self.port, timeout_s=10).request("GET", "/props")
+        except OSError:
+            return None
+        found = re.search(r"/releases/tiny-([^-/]+)-x86-cpu-", str(props.get("model_path"))) if status == 200 else None
+        return found[1] if found else None
+
+    def wait_for(self, *versions: str) -> str:
+        end_s = time.monotonic() + _RESTART_S
+        while (now := self.serves()) not in versions:
+            assert time.monotonic() < end_s, f"{now} is served; log: {self.log()[-3000:]}"
+            time.sleep(0.02)
+        return str(now)
+
+    def log(self) -> str:
+        path = self.root / "service.log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    @property
+    def supervisor(self) -> int:
+        return int(supervise.read_note(self.root / "status.json")["pid"])
+
+    def server(self) -> int:
+        """Process of llama-server: the supervisor's edgectl's child."""
+        (edgectl,) = _children(self.supervisor)
+        (server,) = _children(edgectl)
+        return server
+
+    def release(self, version: str) -> Path:
+        (found,) = (self.root / "releases").glob(f"tiny-{version}-*")
+        return found
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.fixture
+def device(made: dict[str, Path], tmp_path: Path) -> Iterator[Device]:
+    device = Device(tmp_path / "home", made, serve.free_port())
+    yield device
+    device.edgectl("uninstall")
+
+
+def test_the_second_release_takes_over_and_the_first_comes_back_by_rollback(device: Device) -> None:
+    device.install("1")
+    assert device.serves() == "1"
+    device.install("2")
+    assert device.serves() == "2"
+    status = device.status()
+    assert status["good"] == device.release("2").name == status["current"] == status["served"]
+    assert status["previous"] == device.release("1").name
+    assert (status["answers"], status["on_trial"], status["service_runs"]) == (True, False, True)
+    assert device.edgectl("rollback").returncode == 0
+    assert device.serves() == "1"
+    assert device.edgectl("rollback").returncode == 0
+    assert device.serves() == "2"
+
+
+def test_a_release_that_is_not_good_is_rolled_back_unattended(device: Device) -> None:
+    device.install("1")
+    result = device.edgectl("install", by="endless")
+    assert result.returncode == 3
+    assert "0 of 2 golden prompts stop at eos" in result.stderr
+    assert result.stderr.splitlines()[-1] == f"hint: {device.release('1').name} serves again"
+    assert device.serves() == "1"
+    status = device.status()
+    assert status["good"] == status["current"] == device.release("1").name
+    assert status["last_failure"]["release"] == device.release("3").name
+    assert (
+        device.edgectl("gc").stdout.strip()
+        == device.release("1").name.replace("tiny-1", "tiny-3")[:-12] + (status["last_failure"]["release"][-12:])
+    )
+
+
+def test_a_first_release_that_is_not_good_leaves_nothing_that_runs(device: Device) -> None:
+    result = device.edgectl("install", by="endless")
+    assert result.returncode == 3
+    assert device.serves() is None
+    status = device.status()
+    assert (status["good"], status["current"], status["service_runs"]) == (None, None, False)
+
+
+def test_a_release_whose_programs_do_not_start_is_rolled_back(device: Device, tmp_path: Path) -> None:
+    device.install("1")
+    staged = tmp_path / "broken"
+    shutil.copytree(device.bundles["2"], staged)
+    manifest = json.loads((staged / "manifest.json").read_text())
+    server = staged / "runtime" / "bin" / "llama-server"
+    server.unlink()
+    server.write_bytes(b"#!/bin/false\n")
+    server.chmod(0o755)
+    _reseal(staged, manifest)
+    device.bundles = {**device.bundles, "broken": staged}
+    result = device.edgectl("install", by="broken")
+    assert result.returncode == 3, result.stderr
+    assert "llama-server ended with exit code 1" in result.stderr
+    assert device.serves() == "1"
+
+
+def _reseal(folder: Path, manifest: dict[str, Any]) -> None:
+    """As whoever breaks a bundle on purpose would: every digest fits."""
+    import hashlib
+
+    from toolchain.device import files
+
+    for name, facts in manifest["files"].items():
+        facts["sha256"], facts["bytes"] = files.sha256(folder / name), (folder / name).stat().st_size
+    manifest["bundle_id"] = files.bundle_id(manifest)
+    text = json.dumps(manifest)
+    (folder / "manifest.json").write_text(text)
+    (folder / "SHA256SUMS").write_text(files.sums_text(manifest, hashlib.sha256(text.encode()).hexdigest()))
+
+
+def _steps(device: Device) -> list[str]:
+    """What an installation of 2 over 1 does, step by step."""
+    output = _killed(device, 0).stdout
+    device.wait_for("2")
+    return [line for line in output.splitlines() if line]
+
+
+def _killed(device: Device, step: int) -> "subprocess.CompletedProcess[str]":
+    argv = [_PYTHON, "-I", "-S", str(_KILLER), str(device.bundles["2"] / "edgectl"), str(step)]
+    argv += ["install", *device.options("install")]
+    return subprocess.run(argv, cwd="/", env=_ENVIRONMENT, capture_output=True, text=True, check=False, timeout=180)
+
+
+def _points(steps: list[str]) -> list[int]:
+    """Every step but those of copying, of which every fortieth: they are the same sixty times over. Counted from 1."""
+    copying = [number for number, step in enumerate(steps, 1) if "unpacking/" in step]
+    asking = [number for number, step in enumerate(steps, 1) if step.startswith("ask ")]
+    every = [number for number in range(1, len(steps) + 1) if number not in copying and number not in asking]
+    return sorted([*every, *copying[::40], *asking[:3], *asking[-1:]])
+
+
+def test_install_killed_at_every_step_leaves_a_good_release_in_service(device: Device) -> None:
+    device.install("1")
+    points = _points(_steps(device))
+    assert len(points) >= 20
+    for point in points:
+        # As if 2 had never been there.
+        device.install("1")
+        home = releases.Home(device.root)
+        home.write_state(releases.State(good=device.release("1").name))
+        device.edgectl("gc")
+        assert len(home.names()) == 1, point
+        result = _killed(device, point)
+        assert result.returncode == -signal.SIGKILL, (point, result.stderr)
+        good = home.state().good
+        assert good is not None
+        version = good.split("-")[1]
+        assert device.wait_for(version) == version, point
+        for name in home.names():
+            assert not device_problems(home.folder(name)), (point, name)
+        device.install("2")
+        assert device.serves() == "2", point
+        assert [path.name for path in (device.root / "releases").iterdir() if path.name.startswith(".")] == [], point
+
+
+def device_problems(folder: Path) -> list[str]:
+    from toolchain.device import files
+
+    return files.problems(files.open_bundle(folder))
+
+
+def test_kill_9_of_the_server_in_mid_answer_is_followed_by_a_restart(device: Device) -> None:
+    device.install("1")
+    broken: list[str] = []
+
+    def ask() -> None:
+        try:
+            Client("127.0.0.1", device.port).chat([{"role": "user", "content": "?"}], max_tokens=3000, ignore_eos=True)
+        except (OSError, DeviceError) as error:
+            broken.append(str(error))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    time.sleep(0.3)
+    server = device.server()
+    os.kill(server, signal.SIGKILL)
+    thread.join()
+    assert len(broken) == 1
+    device.wait_for("1")
+    assert device.server() != server
+    assert "was ended by SIGKILL (often: out of memory)" in device.log()
+
+
+def test_kill_9_of_the_releases_edgectl_takes_the_server_along_and_is_followed_by_a_restart(device: Device) -> None:
+    device.install("1")
+    (edgectl,) = _children(device.supervisor)
+    os.kill(edgectl, signal.SIGKILL)
+    end_s = time.monotonic() + _RESTART_S
+    while _children(device.supervisor) in ([], [edgectl]):
+        assert time.monotonic() < end_s
+        time.sleep(0.02)
+    device.wait_for("1")
+
+
+def test_a_good_release_that_was_damaged_is_stood_in_for_by_the_one_before(device: Device) -> None:
+    device.install("1")
+    device.install("2")
+    model = next((device.release("2") / "model").iterdir())
+    content = model.read_bytes()
+    model.unlink()
+    model.write_bytes(content[: len(content) // 2])
+    os.kill(device.server(), signal.SIGKILL)
+    device.wait_for("1")
+    assert "which was good before it, is served instead" in device.log()
+    device.install("2")
+    assert device.serves() == "2"
+
+
+def test_a_changed_byte_of_the_model_is_noticed_at_the_next_start(device: Device) -> None:
+    device.install("1")
+    model = next((device.release("1") / "model").iterdir())
+    content = bytearray(model.read_bytes())
+    content[-100] ^= 1
+    model.write_bytes(content)
+    os.kill(device.server(), signal.SIGKILL)
+    end_s = time.monotonic() + _RESTART_S
+    while "its bytes are not those that were built" not in device.log():
+        assert time.monotonic() < end_s, device.log()[-2000:]
+        time.sleep(0.05)
+
+
+def test_a_full_disk_leaves_the_good_release_in_service(made: dict[str, Path], tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    size = sum(path.stat().st_size for path in made["1"].rglob("*") if path.is_file())
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(size * 1.3)}", "tmpfs", str(disk)], check=True)
+    device = Device(disk / "home", made, serve.free_port())
+    try:
+        device.install("1")
+        result = device.edgectl("install", by="2")
+        assert result.returncode == 1
+        assert "MiB free, the bundle needs" in result.stderr
+        assert device.serves() == "1"
+        with (disk / "filler").open("wb") as filler, pytest.raises(OSError, match="No space left"):
+            while True:
+                filler.write(bytes(1 << 16))
+                filler.flush()
+        os.kill(device.server(), signal.SIGKILL)
+        device.wait_for("1")
+        assert len(releases.Home(device.root).names()) == 1
+    finally:
+        device.edgectl("uninstall")
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_port_that_is_taken_is_said_before_anything_is_changed(device: Device) -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", device.port)):
+        result = device.edgectl("install")
+    assert result.returncode == 4
+    assert f"port {device.port} on 127.0.0.1 is in use" in result.stderr
+    assert device.status()["current"] is None
+
+
+def test_another_port_for_the_same_release_is_taken_up(device: Device) -> None:
+    device.install("1")
+    device.port = serve.free_port()
+    device.install("1")
+    assert device.serves() == "1"
+    assert device.status()["previous"] is None
+
+
+def test_a_second_installation_waits_or_is_refused(device: Device) -> None:
+    device.install("1")
+    home = releases.Home(device.root)
+    with home.locked("install"):
+        result = device.edgectl("install", by="2")
+    assert result.returncode == 4
+    assert f"is in use: edgectl install, process {os.getpid()}" in result.stderr
+    assert device.serves() == "1"
+
+
+def test_a_tampered_bundle_is_not_staged(device: Device, tmp_path: Path) -> None:
+    device.install("1")
+    copy = tmp_path / "tampered"
+    shutil.copytree(device.bundles["2"], copy)
+    card = copy / "MODEL_CARD.md"
+    card.write_bytes(card.read_bytes().swapcase())
+    device.bundles = {**device.bundles, "tampered": copy}
+    result = device.edgectl("install", by="tampered")
+    assert result.returncode == 1
+    assert "MODEL_CARD.md: changed" in result.stderr
+    assert device.serves() == "1"
+    assert len(releases.Home(device.root).names()) == 1
+    assert not list((device.root / "releases").glob(".*"))
+
+
+def test_a_bundle_for_another_machine_is_refused_and_removed(device: Device, tmp_path: Path) -> None:
+    device.install("1")
+    copy = tmp_path / "arm"
+    shutil.copytree(device.bundles["2"], copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["target"]["arch"] = "aarch64"
+    _reseal(copy, manifest)
+    device.bundles = {**device.bundles, "arm": copy}
+    result = device.edgectl("install", by="arm")
+    assert result.returncode == 1
+    assert "the bundle is for aarch64" in result.stderr
+    assert device.serves() == "1"
+    assert len(releases.Home(device.root).names()) == 1
+
+
+def test_an_archive_is_installed_by_the_edgectl_that_is_there(device: Device, tmp_path: Path) -> None:
+    device.install("1")
+    archive = tmp_path / "2.tar"
+    packed = bundles.toolchain("pack", str(device.bundles["2"]), "--form", "archive", "--out", str(archive))
+    assert packed.returncode == 0, packed.stderr
+    result = device.edgectl("install", str(archive))
+    assert result.returncode == 0, result.stderr
+    assert device.serves() == "2"
+
+
+def test_the_key_of_a_file_is_asked_for_and_an_open_address_needs_one(device: Device, tmp_path: Path) -> None:
+    result = device.edgectl("install", "--host", "0.0.0.0")
+    assert result.returncode == 2
+    assert "there is no API key" in result.stderr
+    key = tmp_path / "key"
+    key.write_text("open sesame\n")
+    result = device.edgectl("install", "--host", "0.0.0.0", "--api-key-file", str(key))
+    assert result.returncode == 0, result.stderr
+    assert Client("127.0.0.1", device.port).request("GET", "/props")[0] == 401
+    assert Client("127.0.0.1", device.port, "open sesame").request("GET", "/props")[0] == 200
+
+
+def test_uninstall_leaves_what_is_not_ours(device: Device) -> None:
+    device.install("1")
+    (device.root / "notes.txt").write_text("mine")
+    assert device.edgectl("uninstall").returncode == 0
+    assert [path.name for path in device.root.iterdir()] == ["notes.txt"]
+    assert device.serves() is None
+    again = device.edgectl("uninstall")
+    assert again.returncode == 1
+    assert "nothing is installed there" in again.stderr
+
+
+def test_a_damaged_state_is_named_and_the_device_goes_on(device: Device) -> None:
+    device.install("1")
+    (device.root / "state.json").write_text("{")
+    os.kill(device.server(), signal.SIGKILL)
+    device.wait_for("1")
+    result = device.edgectl("install", by="2")
+    assert result.returncode == 1
+    assert "state.json is damaged" in result.stderr
+    assert device.serves() == "1"
+    (device.root / "state.json").unlink()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_installation_that_is_interrupted_goes_back_at_once(device: Device, number: signal.Signals) -> None:
+    device.install("1")
+    argv = [_PYTHON, "-I", "-S", str(device.bundles["endless"] / "edgectl"), "install", *device.options("install")]
+    with subprocess.Popen(argv, cwd="/", env=_ENVIRONMENT, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stderr is not None
+        for line in child.stderr:
+            if line.startswith("answering"):
+                break
+        child.send_signal(number)
+        rest = child.stderr.read()
+    assert child.returncode == (130 if number == signal.SIGINT else 143), rest
+    assert "Traceback" not in rest
+    assert device.serves() == "1"
+    assert device.status()["good"] == device.release("1").name
+
+
+def test_restarts_wait_longer_each_time_and_a_steady_life_ends_the_row() -> None:
+    restarts = serve.Restarts()
+    assert [restarts.after(1) for _ in range(6)] == [0.5, 1, 2, 4, 8, 16]
+    assert restarts.after(1) is None
+    assert restarts.after(61) == 0.5
+    assert restarts.after(1) == 1

@@ -1,0 +1,336 @@
+"""Put a bundle in service: staged, flushed, swapped in, tried, and kept when good; else the one before serves on."""
+
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from . import files, place, serve, signature, smoke, supervise, unpack, verify
+from .client import Client
+from .errors import DeviceError, RolledBackError, UsageError
+from .releases import Home, Settings, State, release_name
+from .service import Service
+
+_POLL_S = 0.05
+_MARGIN_S = 20.0
+"""For the old server to stop and the new edgectl to start."""
+Say = Callable[[str], None]
+
+
+def install(
+    source: Path,
+    service: Service,
+    *,
+    required: signature.Policy | None,
+    changes: dict[str, Any],
+    say: Say,
+) -> dict[str, Any]:
+    """Install the bundle in `source`, a folder or an archive; `changes` are Settings that the last release had not.
+
+    Raises RolledBackError when it was tried and found wanting, DeviceError when it did not come that far.
+    """
+    home = service.home
+    with home.locked("install"), _disk_errors(home):
+        _recover(home, say)
+        release = _stage(source, home, required, say)
+        bundle = files.open_bundle(home.folder(release))
+        bad = [f"{item['name']}: {item['detail']}" for item in verify.host_checks(bundle) if not item["ok"]]
+        if bad:
+            _discard(home, release)
+            raise DeviceError(
+                f"{release} cannot run here: {'; '.join(bad)}", hint="build it for this device (docs/targets.md)"
+            )
+        before = home.state()
+        base = home.settings(before.good) if before.good is not None else home.settings(release)
+        settings = replace(base, **changes)
+        _check_settings(settings, home, service)
+        return _activate(service, release, settings, say)
+
+
+def rollback(service: Service, *, say: Say) -> dict[str, Any]:
+    """Serve the release that was good before the good one. Raises RolledBackError, DeviceError."""
+    home = service.home
+    with home.locked("rollback"), _disk_errors(home):
+        interrupted = _recover(home, say)
+        previous = home.state().previous
+        if interrupted is not None:
+            say(f"the trial of {interrupted} was broken off: {home.state().good or 'nothing'} is served")
+        if previous is None or not home.folder(previous).is_dir():
+            raise DeviceError("there is no release to go back to", hint="edgectl status lists the releases")
+        return _activate(service, previous, home.settings(previous), say)
+
+
+def gc(home: Home, *, say: Say) -> list[str]:
+    """Remove releases that are neither served nor needed for a rollback; which ones."""
+    with home.locked("gc"), _disk_errors(home):
+        _recover(home, say)
+        doomed = home.unneeded()
+        for release in doomed:
+            home.remove(release)
+        return doomed
+
+
+def uninstall(service: Service, *, say: Say) -> None:
+    """Stop the service and remove the releases and what is kept of them. What is not ours stays."""
+    home = service.home
+    if not (home.releases.is_dir() or service.unit.is_file()):
+        raise DeviceError(f"{home.root}: nothing is installed there", hint="--home names another folder")
+    with home.locked("uninstall"):
+        say("stopping the service")
+        service.stop(remove=True)
+        for link in ("current", "service"):
+            (home.root / link).unlink(missing_ok=True)
+        for folder in ("releases", "settings", "records"):
+            shutil.rmtree(home.root / folder, ignore_errors=True)
+        for name in ("state.json", "status.json", "service.log"):
+            (home.root / name).unlink(missing_ok=True)
+    (home.root / "lock").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # something of the user's own is in it
+        home.root.rmdir()
+
+
+def status(service: Service) -> dict[str, Any]:
+    """What is installed, what is served, and whether it answers."""
+    home = service.home
+    state, release = home.state(), home.to_serve()
+    settings = home.settings(release) if release is not None else Settings()
+    note = supervise.read_note(service.note)
+    found: dict[str, Any] = {
+        "schema_version": 1,
+        "home": str(home.root),
+        "service": service.kind,
+        "service_runs": service.runs(),
+        "current": home.current(),
+        "good": state.good,
+        "previous": state.previous,
+        "served": release,
+        "on_trial": home.current() != state.good and home.is_locked(),
+        "address": f"{settings.host}:{settings.port}",
+        "answers": release is not None and _answers(home, release, settings),
+        "last_failure": state.failed,
+        "supervisor": {key: note.get(key) for key in ("release", "state", "ended")},
+        "releases": home.names(),
+    }
+    return found
+
+
+def _recover(home: Home, say: Say) -> str | None:
+    interrupted = home.recover()
+    if interrupted is not None:
+        say(f"an earlier trial, of {interrupted}, was broken off and is undone")
+    return interrupted
+
+
+def _stage(source: Path, home: Home, required: signature.Policy | None, say: Say) -> str:
+    """The bundle among the releases, every byte compared and flushed; its name."""
+    if source.is_file():
+        folder = _unpacked(source, home, required, say)
+        return folder.name
+    verdict = verify.signature_check(source, required)
+    if not verdict["ok"]:
+        raise DeviceError(f"signature: {verdict['detail']}", hint="do not use it, unless you know why that is so")
+    bundle = files.open_bundle(source)
+    found = files.problems(bundle, read=False)
+    if found:
+        raise DeviceError(f"{source} is not as it was built: {'; '.join(found)}", hint="copy the bundle again")
+    release = release_name(bundle.manifest)
+    if _is_whole(home, release, say):
+        return release
+    place.check_room(home.releases, bundle.manifest)
+    say(f"copying {len(bundle.manifest['files'])} files")
+    with place.new_folder(home.folder(release)) as staged:
+        for name in (files.MANIFEST, files.SUMS, files.SIGNATURE):
+            if (source / name).exists():
+                place.write(staged / name, 0o644, _blocks(source / name))
+        for name, facts in bundle.manifest["files"].items():
+            place.write(staged / name, int(facts["mode"], 8), _blocks(source / name, facts["sha256"]))
+    return release
+
+
+def _unpacked(archive: Path, home: Home, required: signature.Policy | None, say: Say) -> Path:
+    named: list[str] = []
+
+    def name(manifest: dict[str, Any]) -> str:
+        named.append(release_name(manifest))
+        if _is_whole(home, named[0], say):
+            raise _ThereError
+        return named[0]
+
+    try:
+        return unpack.run(archive, home.releases, required=required, say=say, name=name)
+    except _ThereError:
+        return home.folder(named[0])
+
+
+class _ThereError(Exception):
+    """The release is staged already."""
+
+
+def _is_whole(home: Home, release: str, say: Say) -> bool:
+    """Whether the release is staged already, and as it was built; a damaged one is removed."""
+    folder = home.folder(release)
+    if not folder.is_dir():
+        return False
+    try:
+        found = files.problems(files.open_bundle(folder))
+    except DeviceError as error:
+        found = [error.message]
+    if not found:
+        say(f"{release} is there already")
+        return True
+    say(f"{release} is there and damaged ({found[0]}): it is copied anew")
+    home.remove(release)
+    return False
+
+
+def _blocks(path: Path, sha256: str | None = None) -> Iterator[bytes]:
+    """A file's bytes. Raises DeviceError at the end when they are not those that were built."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+            yield block
+    if sha256 is not None and digest.hexdigest() != sha256:
+        raise DeviceError(f"{path}: changed: SHA-256 differs", hint="copy the bundle again")
+
+
+def _check_settings(settings: Settings, home: Home, service: Service) -> None:
+    """The address can be had, or our own server has it; there are keys. Raises UsageError, DeviceError."""
+    key_file = Path(settings.api_key_file) if settings.api_key_file is not None else None
+    if key_file is not None:
+        if not key_file.is_absolute():
+            raise UsageError(f"--api-key-file {key_file}: a service needs its whole path")
+        serve.read_keys(key_file)
+    serve.check_listen(settings.host, settings.port, has_key=key_file is not None)
+    served = home.to_serve()
+    if served is not None and service.runs():
+        now = home.settings(served)
+        if (now.host, now.port) == (settings.host, settings.port):
+            return
+    serve.check_address(settings.host, settings.port, has_key=key_file is not None)
+
+
+def _activate(service: Service, release: str, settings: Settings, say: Say) -> dict[str, Any]:
+    """Swap, start, try, and keep or go back. Only for the holder of the lock."""
+    home, before = service.home, service.home.state()
+    again = release == before.good
+    old = home.settings(release) if again else None
+    home.write_settings(release, settings)
+    try:
+        home.point("current", release)
+        if home.supervisor() is None:
+            home.point("service", release)
+        report = _try(service, release, settings, say, restart=old is not None and old != settings)
+    except BaseException as error:
+        if old is not None:
+            home.write_settings(release, old)
+        _fall_back(service, before, release, error, say)
+        raise  # not reached for a DeviceError
+    home.write_state(State(good=release, previous=before.previous if again else before.good, failed=before.failed))
+    home.point("service", release)
+    say(f"{release} is good")
+    return {"schema_version": 1, "release": release, "previous": home.state().previous, "smoke": report}
+
+
+def _try(service: Service, release: str, settings: Settings, say: Say, *, restart: bool) -> dict[str, Any]:
+    """The release serves, and does what it did where it was built. Raises DeviceError."""
+    home = service.home
+    bundle = files.open_bundle(home.folder(release))
+    say(f"starting {release}")
+    if restart:
+        service.stop()
+    service.ensure(settings, bundle.manifest)
+    _wait_served(service, release, settings, serve.ready_timeout_s(bundle) + _MARGIN_S)
+    say("it answers; trying it")
+    report = smoke.live(bundle, _client(settings), say)
+    place.replace_json(home.records / f"{release}.smoke.json", report)
+    failed = [f"{item['name']}: {item['detail']}" for item in report["checks"] if not item["ok"]]
+    if failed:
+        raise DeviceError(f"{len(failed)} of {len(report['checks'])} checks failed: {'; '.join(failed)}")
+    return report
+
+
+def _wait_served(service: Service, release: str, settings: Settings, limit_s: float) -> None:
+    """Until the release answers at its address. Raises DeviceError when its edgectl has ended, or it is late."""
+    end_s = time.monotonic() + limit_s
+    while not _answers(service.home, release, settings):
+        note = supervise.read_note(service.note)
+        if note.get("release") == release and note.get("state") == "ended":
+            raise DeviceError(str(note.get("ended")))
+        if time.monotonic() > end_s:
+            raise DeviceError(f"it did not answer within {limit_s:.0f} s")
+        time.sleep(_POLL_S)
+
+
+def _answers(home: Home, release: str, settings: Settings) -> bool:
+    """Whether it is this release's model that answers at the address."""
+    client = _client(settings, timeout_s=10)
+    try:
+        if client.request("GET", "/health", with_key=False)[0] != 200:
+            return False
+        status, props = client.request("GET", "/props")
+    except (OSError, UsageError):
+        return False
+    if status != 200 or not isinstance(props, dict):
+        return False
+    return Path(str(props.get("model_path"))).is_relative_to(home.folder(release))
+
+
+def _client(settings: Settings, timeout_s: float = 600.0) -> Client:
+    keys = serve.read_keys(Path(settings.api_key_file)) if settings.api_key_file is not None else []
+    return Client(serve.local_address(settings.host), settings.port, keys[0] if keys else None, timeout_s=timeout_s)
+
+
+def _fall_back(service: Service, before: State, release: str, error: BaseException, say: Say) -> None:
+    """What served before serves again. Raises RolledBackError for a release that was not good."""
+    home = service.home
+    reason = error.message if isinstance(error, DeviceError) else "it was interrupted"
+    say(f"{release} is not kept: {reason}")
+    failed = {
+        "release": release,
+        "reason": reason[:2000],
+        "utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    back = None
+    if before.good is not None:
+        home.point("current", before.good)
+        settings = home.settings(before.good)
+        service.ensure(settings, files.open_bundle(home.folder(before.good)).manifest)
+        back = before.good
+    else:
+        service.stop(remove=True)
+        for link in ("current", "service"):
+            (home.root / link).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a full disk is no reason not to go back
+        home.write_state(replace(before, failed=failed))
+    if back is not None:
+        bundle = files.open_bundle(home.folder(back))
+        _wait_served(service, back, home.settings(back), serve.ready_timeout_s(bundle) + _MARGIN_S)
+        say(f"{back} serves again")
+    if isinstance(error, DeviceError):
+        raise RolledBackError(
+            f"{release} was not good: {error.message}",
+            hint=f"{back} serves again" if back else "no release is served; edgectl status",
+        ) from None
+
+
+def _discard(home: Home, release: str) -> None:
+    if release in home.unneeded():
+        home.remove(release)
+
+
+@contextlib.contextmanager
+def _disk_errors(home: Home) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        name = error.filename if error.filename is not None else home.root
+        raise DeviceError(
+            f"{name}: {os.strerror(error.errno or 0)}", hint="nothing was changed that edgectl status does not show"
+        ) from error

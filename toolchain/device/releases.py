@@ -1,0 +1,252 @@
+"""Where releases lie on a device, which one is good and which one is to be served. All of it is files and links.
+
+    HOME/
+      releases/<name>-<version>-<target>-<12 hex of the bundle's id>/     a bundle, whole
+      current → releases/…      what is to be served; another one than the good one is on trial
+      service → releases/…      whose edgectl looks after the server
+      state.json                which release was found good, and which one before it
+      settings/<release>.json   address and key of the server, tuned options
+      records/                  what smoke and bench found
+      lock                      held by whoever changes anything
+
+A release is on trial while `current` is not the good one. A trial belongs to the process that holds the lock: when that
+has died, the good release is served again, and nothing needs to have been written for it.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from . import files, place
+from .errors import BusyError, DeviceError
+
+SCHEMA_VERSION = 1
+_LOCK_WAIT_S = 10.0
+_RELEASE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*-[0-9a-f]{12}", re.ASCII)
+
+
+def default_home() -> Path:
+    """/var/lib/edgectl for root, else a folder of the user's own."""
+    if os.geteuid() == 0:
+        return Path("/var/lib/edgectl")
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "edgectl"
+
+
+def release_name(manifest: dict[str, Any]) -> str:
+    """What a bundle is called among the releases: two bundles never share it."""
+    return f"{files.folder_name(manifest)}-{str(manifest['bundle_id']).removeprefix('sha256:')[:12]}"
+
+
+@dataclass(frozen=True)
+class State:
+    """What survives of installations."""
+
+    good: str | None = None
+    previous: str | None = None
+    failed: dict[str, str] | None = None
+    """The last release that was not good: "release", "reason", "utc"."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a release is served."""
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    api_key_file: str | None = None
+
+
+@dataclass(frozen=True)
+class Home:
+    """The folder of everything."""
+
+    root: Path
+
+    @property
+    def releases(self) -> Path:
+        return self.root / "releases"
+
+    @property
+    def service(self) -> Path:
+        return self.root / "service"
+
+    @property
+    def records(self) -> Path:
+        return self.root / "records"
+
+    def folder(self, release: str) -> Path:
+        return self.releases / release
+
+    def names(self) -> list[str]:
+        """Releases that are there, whole: half ones have other names."""
+        if not self.releases.is_dir():
+            return []
+        return sorted(path.name for path in self.releases.iterdir() if _RELEASE.fullmatch(path.name) and path.is_dir())
+
+    def current(self) -> str | None:
+        return self._leads_to(self.root / "current")
+
+    def supervisor(self) -> str | None:
+        """The release whose edgectl is the service."""
+        return self._leads_to(self.service)
+
+    def point(self, link: str, release: str) -> None:
+        place.point(self.root / link, f"releases/{release}")
+
+    def _leads_to(self, link: Path) -> str | None:
+        try:
+            release = link.readlink().name
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise DeviceError(f"{link} is no link: {error.strerror}", hint="remove it, then install again") from None
+        return release if self.folder(release).is_dir() else None
+
+    def state(self) -> State:
+        """Raises DeviceError for a state.json that is damaged."""
+        content = _read_object(self.root / "state.json")
+        if content is None:
+            return State()
+        if content.pop("schema_version", None) != SCHEMA_VERSION:
+            raise DeviceError(
+                f"{self.root / 'state.json'} was written by another edgectl", hint="use the newest release's edgectl"
+            )
+        try:
+            return State(**content)
+        except TypeError:
+            raise DeviceError(
+                f"{self.root / 'state.json'} is damaged", hint="install again into another --home"
+            ) from None
+
+    def write_state(self, state: State) -> None:
+        place.replace_json(self.root / "state.json", {"schema_version": SCHEMA_VERSION, **asdict(state)})
+
+    def settings(self, release: str) -> Settings:
+        """Raises DeviceError."""
+        content = _read_object(self._settings(release))
+        try:
+            return Settings(**(content or {}))
+        except TypeError:
+            raise DeviceError(f"{self._settings(release)} is damaged", hint="install the release again") from None
+
+    def write_settings(self, release: str, settings: Settings) -> None:
+        self._settings(release).parent.mkdir(exist_ok=True)
+        place.replace_json(self._settings(release), asdict(settings))
+
+    def _settings(self, release: str) -> Path:
+        return self.root / "settings" / f"{release}.json"
+
+    def to_serve(self) -> str | None:
+        """The release that is to be served now: the current one, or the good one when a trial was left alone."""
+        current = self.current()
+        try:
+            good = self.state().good
+        except DeviceError:
+            good = current  # damaged: whoever changes anything is told; the device goes on with what it has
+        if current is None or (current != good and not self.is_locked()):
+            current = good
+        return current if current is not None and self.folder(current).is_dir() else None
+
+    def stand_in(self, release: str) -> str | None:
+        """Who serves when a good release does not start, such as one whose files are damaged: the one before it."""
+        try:
+            state = self.state()
+        except DeviceError:
+            return None
+        previous = state.previous
+        return previous if release == state.good and previous is not None and self.folder(previous).is_dir() else None
+
+    def make(self) -> None:
+        """Make the folder, for everyone to read: the service runs as another user. Raises DeviceError."""
+        try:
+            for folder in (self.root, self.releases, self.records):
+                folder.mkdir(parents=True, exist_ok=True)
+                folder.chmod(0o755)
+        except OSError as error:
+            raise DeviceError(
+                f"{error.filename}: {error.strerror}", hint="run as root, or give a folder of yours: --home DIR"
+            ) from None
+
+    @contextlib.contextmanager
+    def locked(self, verb: str) -> Iterator[None]:
+        """Alone with the folder. Raises BusyError when another process keeps it for more than ten seconds."""
+        self.make()
+        handle = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            end_s = time.monotonic() + _LOCK_WAIT_S
+            while not _try_lock(handle, fcntl.LOCK_EX):
+                if time.monotonic() > end_s:
+                    holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
+                    raise BusyError(f"{self.root} is in use: {holder}", hint="wait for it, then try again")
+                time.sleep(0.1)
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"edgectl {verb}, process {os.getpid()}\n".encode(), 0)
+            yield
+        finally:
+            os.close(handle)
+
+    def is_locked(self) -> bool:
+        """Whether somebody is at work here. Needs no right to write."""
+        try:
+            handle = os.open(self.root / "lock", os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        try:
+            return not _try_lock(handle, fcntl.LOCK_SH)
+        finally:
+            os.close(handle)
+
+    def recover(self) -> str | None:
+        """For the holder of the lock: undo what a killed one left. The release whose trial was broken off, if any."""
+        for path in place.leftovers(self.releases):
+            shutil.rmtree(path)
+        state, current = self.state(), self.current()
+        if current is None or current == state.good:
+            return None
+        if state.good is None:
+            (self.root / "current").unlink()
+        else:
+            self.point("current", state.good)
+        return current
+
+    def unneeded(self) -> list[str]:
+        """Releases that nothing leads to any more."""
+        state = self.state()
+        kept = {state.good, state.previous, self.current(), self.supervisor()}
+        return [name for name in self.names() if name not in kept]
+
+    def remove(self, release: str) -> None:
+        """A release and what is kept beside it. Half removed, it has a name that is no release's."""
+        doomed = self.releases / f".{release}.unpacking"
+        self.folder(release).rename(doomed)
+        shutil.rmtree(doomed)
+        self._settings(release).unlink(missing_ok=True)
+
+
+def _try_lock(handle: int, kind: int) -> bool:
+    try:
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _read_object(path: Path) -> dict[str, Any] | None:
+    content = files.read_small(path, files.JSON_LIMIT_BYTES)
+    if content is None:
+        return None
+    try:
+        found = json.loads(content)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise DeviceError(f"{path} is damaged", hint="remove it, then install again")
+    return found

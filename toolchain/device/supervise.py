@@ -1,0 +1,168 @@
+"""The service: serve the release that is to be served, follow it when that changes, start again what has ended.
+
+Writes nothing but a note of what it does, so it can run as a user without rights. What it runs is the release's own
+edgectl, as a child: a release that is broken cannot break what leads back to the good one.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import place
+from .errors import BusyError, DeviceError
+from .releases import Home
+from .serve import Restarts, die_with_parent
+
+_POLL_S = 0.1
+_STOP_GRACE_S = 15.0
+_FAILURES = 2
+"""So often a good release may fail to start before the one before it stands in."""
+_LOG_BYTES = 16 << 20
+CREDENTIAL = "api_key"
+"""What systemd's LoadCredential calls the file with the keys."""
+
+
+def note_path(home: Home, runtime: str | None) -> Path:
+    """Where the supervisor notes what it does: in systemd's RuntimeDirectory, or in the home itself."""
+    return Path(runtime, "status.json") if runtime else home.root / "status.json"
+
+
+def read_note(path: Path) -> dict[str, Any]:
+    """The note; empty when there is none, or none that can be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def run(home: Home, say: Callable[[str], None]) -> None:
+    """Until a signal ends it, which `cli` raises as an exception. Raises BusyError when there is one already."""
+    handle = os.open(home.root, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BusyError(f"{home.root} has a service that runs already", hint="edgectl status") from None
+    note = note_path(home, os.environ.get("RUNTIME_DIRECTORY"))
+    restarts, last, failures = Restarts(), None, 0
+    while True:
+        wanted = home.to_serve()
+        if wanted is None:
+            _write_note(note, release=None, state="idle", ended="no release has been found good")
+            say("no release is to be served: waiting for an installation")
+            while home.to_serve() is None:
+                time.sleep(_POLL_S)
+            continue
+        if wanted != last:
+            restarts, last, failures = Restarts(), wanted, 0
+        stand_in = home.stand_in(wanted) if failures >= _FAILURES else None
+        if stand_in is not None:
+            say(f"{wanted} does not start; {stand_in}, which was good before it, is served instead")
+        start_s = time.monotonic()
+        ended = _serve(home, stand_in or wanted, wanted, note, say)
+        if ended is None:
+            continue
+        failures += ended.code != BusyError.exit_code
+        wait_s = restarts.after(time.monotonic() - start_s) or Restarts.LONGEST_S
+        say(f"{stand_in or wanted}: {ended.reason}; started again in {wait_s:g} s")
+        end_s = time.monotonic() + wait_s
+        while time.monotonic() < end_s and home.to_serve() == wanted:
+            time.sleep(_POLL_S)
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """A release's edgectl, which ended by itself."""
+
+    code: int
+    reason: str
+
+
+def _serve(home: Home, release: str, wanted: str, note: Path, say: Callable[[str], None]) -> _Ended | None:
+    """Serve `release` until another one than `wanted` is to be served (None), or its edgectl ends."""
+    argv = [sys.executable, *_isolated(), str(home.folder(release) / "edgectl"), "serve", *_options(home, release)]
+    _write_note(note, release=release, state="starting", ended=None)
+    try:
+        child = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+            preexec_fn=die_with_parent(),  # noqa: PLW1509 - one prctl call, no locks taken
+        )
+    except OSError as error:
+        _write_note(note, release=release, state="ended", ended=str(error))
+        return _Ended(1, f"cannot start {argv[0]}: {error.strerror}")
+    errors: list[str] = []
+
+    def read() -> None:
+        assert child.stderr is not None
+        for line in child.stderr:
+            if line.startswith("error: "):
+                errors.append(line.removeprefix("error: ").rstrip("\n"))
+            _keep_log_short()
+            say(line.rstrip("\n"))
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        while child.poll() is None:
+            if home.to_serve() != wanted:
+                say(f"{release} makes way for another one")
+                return None
+            time.sleep(_POLL_S)
+    finally:
+        _stop(child)
+        reader.join(1)
+    ended = (errors or [f"its edgectl ended with {child.returncode}"])[-1]
+    _write_note(note, release=release, state="ended", ended=ended)
+    return _Ended(child.returncode, ended)
+
+
+def _keep_log_short() -> None:
+    """A plain process has nobody who rotates its log."""
+    status = os.fstat(2)
+    if stat.S_ISREG(status.st_mode) and status.st_size > _LOG_BYTES:
+        os.ftruncate(2, 0)
+
+
+def _isolated() -> list[str]:
+    """Python without packages and without the user's settings, as the bundle was tested."""
+    return ["-I", "-S"]
+
+
+def _options(home: Home, release: str) -> list[str]:
+    settings = home.settings(release)
+    options = ["--host", settings.host, "--port", str(settings.port)]
+    credentials = os.environ.get("CREDENTIALS_DIRECTORY")
+    key_file = settings.api_key_file
+    if key_file is not None and credentials:
+        key_file = str(Path(credentials, CREDENTIAL))
+    return [*options, *(["--api-key-file", key_file] if key_file is not None else [])]
+
+
+def _stop(child: "subprocess.Popen[str]") -> None:
+    if child.poll() is None:
+        child.terminate()
+        try:
+            child.wait(_STOP_GRACE_S)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+def _write_note(path: Path, *, release: str | None, state: str, ended: str | None) -> None:
+    with contextlib.suppress(OSError, DeviceError):  # a full disk must not stop what is served
+        place.replace_json(path, {"release": release, "state": state, "ended": ended, "pid": os.getpid()})
