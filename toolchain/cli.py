@@ -50,6 +50,20 @@ class _Ordered(click.Group):
         return list(self.commands)
 
 
+class _StageGroup(_Ordered):
+    """A stage's verb that has commands of its own, as `bench compare A B`; any other first word is the recipe."""
+
+    allow_extra_args = False
+    allow_interspersed_args = True
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        if args and args[0] in self.commands:
+            return self.commands[args[0]].make_context(f"{info_name} {args[0]}", args[1:], parent, **extra)
+        return super().make_context(info_name, args, parent, **extra)
+
+
 @click.group(cls=_Ordered, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="toolchain")
 def cli() -> None:
@@ -187,7 +201,27 @@ def _stage_verb(name: str, summary: str) -> Callable[..., None]:
 
 
 for _name, _summary in VERBS.items():
-    cli.command(_name, short_help=_summary)(_stage_verb(_name, _summary))
+    if _name != "bench":
+        cli.command(_name, short_help=_summary)(_stage_verb(_name, _summary))
+    else:
+        bench_group = cli.group(
+            _name, short_help=_summary, cls=_StageGroup, invoke_without_command=True, subcommand_metavar=""
+        )(_stage_verb(_name, _summary))
+
+
+@bench_group.command("compare")
+@click.argument("a", type=click.Path(path_type=Path))
+@click.argument("b", type=click.Path(path_type=Path))
+@json_option
+def compare_records(a: Path, b: Path, as_json: bool) -> None:
+    """Compare two benchmark records, A before and B after: is B faster, by how much, and how sure is that?
+
+    A record is results.json of the stage, or what `edgectl bench --json` prints on a device.
+    """
+    from toolchain.evaluate import bench_compare, bench_compare_text
+
+    result = bench_compare.compare(a, b)
+    click.echo(json.dumps(result, indent=2) if as_json else bench_compare_text.render(result))
 
 
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))

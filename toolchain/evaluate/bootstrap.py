@@ -4,6 +4,8 @@ Percentile intervals (Efron 1979, "Bootstrap methods: another look at the jackkn
 Questions are drawn with replacement and keep both of their scores, so that what makes a question hard for both models
 does not widen the interval. It says how far the figure depends on the choice of questions, and on nothing else: neither
 on the seed of the training nor on questions of another kind. Below some 30 questions it is too narrow.
+
+The samples of two benchmarks are no pairs: `ratio_interval` draws each side by itself.
 """
 
 from collections.abc import Sequence
@@ -64,4 +66,21 @@ def paired_interval(
     means = (drawn @ (weights * differences)) / (drawn @ weights)
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(means, (tail, 1 - tail))
+    return float(low), float(high)
+
+
+def ratio_interval(before: Sequence[float], after: Sequence[float], *, seed: int) -> tuple[float, float] | None:
+    """Interval of median(after) ÷ median(before), for samples that are not pairs: each side is drawn by itself.
+
+    All samples are above 0. None with fewer than two of them on a side.
+    """
+    if min(len(before), len(after)) < 2:
+        return None
+    random = np.random.default_rng(seed)
+    below, above = (
+        np.median(np.asarray(samples, np.float64)[random.integers(0, len(samples), (RESAMPLES, len(samples)))], axis=1)
+        for samples in (before, after)
+    )
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(above / below, (tail, 1 - tail))
     return float(low), float(high)
