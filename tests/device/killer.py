@@ -1,12 +1,13 @@
-"""Run a bundle's edgectl, and kill it with SIGKILL before its n-th step that changes anything.
+"""Run a bundle's edgectl, and kill it with SIGKILL before one of the steps that change anything.
 
-`python killer.py EDGECTL N ARGUMENT…`: N = 0 kills nothing and prints the steps, one a line, on stdout.
+`python killer.py EDGECTL STEP ARGUMENT…`: an empty STEP kills nothing; then the steps are printed, one a line.
 """
 
 import os
 import runpy
 import signal
 import sys
+from collections import Counter
 
 _CHANGES = {
     "os.mkdir",
@@ -24,26 +25,26 @@ _CHANGES = {
 }
 
 
-def main(edgectl: str, kill_before: int, arguments: list[str]) -> None:
+def main(edgectl: str, kill_before: str, arguments: list[str]) -> None:
     steps: list[str] = []
+    seen: Counter[str] = Counter()
     me = os.getpid()
-    http = 0
 
     def watch(event: str, details: tuple[object, ...]) -> None:
-        nonlocal http
         if os.getpid() != me:
             return  # between fork and exec
         if event == "open" and isinstance(details[2], int) and details[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             step = f"open {details[0]}"
         elif event == "http.client.connect":
-            http += 1
-            step = f"ask {http}"
+            step = "ask"
         elif event in _CHANGES:
             step = f"{event} {details[0] if details else ''}"
         else:
             return
+        seen[step] += 1
+        step = f"{step} #{seen[step]}"
         steps.append(step)
-        if len(steps) == kill_before:
+        if step == kill_before:
             os.kill(me, signal.SIGKILL)
 
     sys.argv = [edgectl, *arguments]
@@ -51,9 +52,9 @@ def main(edgectl: str, kill_before: int, arguments: list[str]) -> None:
     try:
         runpy.run_path(edgectl, run_name="__main__")
     finally:
-        if kill_before == 0:
+        if not kill_before:
             print("\n".join(steps), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3:])
+    main(sys.argv[1], sys.argv[2], sys.argv[3:])

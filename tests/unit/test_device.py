@@ -44,7 +44,7 @@ def test_it_runs_without_site_packages_under_another_name(tmp_path: Path) -> Non
     shutil.copyfile(DEVICE / "edgectl.py", tmp_path / "edgectl")
     argv = [sys.executable, "-I", "-S", str(tmp_path / "edgectl"), "--help"]
     result = subprocess.run(argv, env={}, capture_output=True, text=True, check=True)
-    assert all(verb in result.stdout for verb in ("serve", "smoke", "bench", "verify", "info"))
+    assert all(verb in result.stdout for verb in ("serve", "smoke", "bench", "verify", "doctor", "info"))
     assert not list(tmp_path.rglob("__pycache__"))
 
 

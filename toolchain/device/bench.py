@@ -19,7 +19,6 @@ from .client import Client, Messages, Streamed
 from .errors import DeviceError, UsageError
 
 SCHEMA_VERSION = 1
-_MAX_FOREIGN_SHARE = 0.05
 _MAX_VARIATION = 0.05
 _EVICTED_SHARE = 0.01
 _WORDS = (  # noqa: SIM905 - thirty words are easier to read as text
@@ -73,7 +72,7 @@ class _Record:
         noisy = [
             f"{part}: other programs used {share:.1%} of the machine's processors"
             for part, share in self.foreign.items()
-            if share > _MAX_FOREIGN_SHARE
+            if share > meter.MAX_FOREIGN_SHARE
         ]
         unsteady = [
             f"{name}: samples vary by {metric['variation']:.1%}"
@@ -131,7 +130,7 @@ def _warn_if_busy(say: Callable[[str], None]) -> None:
     """Threads that wait for each other crawl when one of them has no processor to itself: say so before the wait."""
     with meter.ForeignCpu() as foreign:
         time.sleep(1)
-    if foreign.share > _MAX_FOREIGN_SHARE:
+    if foreign.share > meter.MAX_FOREIGN_SHARE:
         say(f"other programs use {foreign.share:.0%} of the processors: this will be slow, and inconclusive")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from . import bench, files, install, probe, releases, serve, signature, smoke, supervise, unpack, verify
+from . import bench, doctor, files, install, probe, releases, serve, signature, smoke, supervise, unpack, verify
 from . import service as service_module
 from .errors import DeviceError, UsageError
 
@@ -74,6 +74,10 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("verify", help="check signature, every file and what the machine offers")
     verb.set_defaults(call=_verify, takes_folder=True)
     _signer_options(verb)
+    _json_option(verb)
+
+    verb = verbs.add_parser("doctor", help="is this machine fit for the bundle right now, and in which state")
+    verb.set_defaults(call=_doctor)
     _json_option(verb)
 
     verb = verbs.add_parser("unpack", help="unpack another bundle's archive, once it is found whole")
@@ -253,6 +257,15 @@ def _show_checks(report: dict[str, Any], as_json: bool) -> int:
         failed = sum(not item["ok"] for item in report["checks"])
         print(f"{failed} of {len(report['checks'])} checks failed" if failed else f"{len(report['checks'])} checks ok")
     return 0 if report["ok"] else 1
+
+
+def _doctor(bundle: files.Bundle, options: argparse.Namespace) -> int:
+    findings = doctor.examine(bundle)
+    if options.json:
+        _print_json(doctor.report(bundle.id, findings))
+    else:
+        print(doctor.table(findings))
+    return 1 if doctor.unfit(findings) else 0
 
 
 def _bench(bundle: files.Bundle, options: argparse.Namespace) -> int:

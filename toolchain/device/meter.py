@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+MAX_FOREIGN_SHARE = 0.05
+"""Of all processors: when other programs use more, figures are not the bundle's own."""
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _DONTNEED = os.POSIX_FADV_DONTNEED
 

@@ -3,26 +3,50 @@
 import os
 import platform
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from . import cgroup
+from .system import HERE, FactError, System, parse_int
 
 _CPUS = Path("/sys/devices/system/cpu")
+_FIRMWARE_BITS = {0: "under-voltage", 1: "frequency capped", 2: "throttled", 3: "soft temperature limit"}
+"""Of the mask that a Raspberry Pi's firmware keeps: now; the same ones since boot are 16 bits higher."""
+_COOLS_BY_CLOCK = re.compile(r"cpu|gpu|processor|devfreq|throttle|powerclamp", re.IGNORECASE)
+"""Cooling devices that take speed away; a fan that turns, or a warning that the case is hot, does not."""
+
+_L4T_RELEASE = "/etc/nv_tegra_release"
+
+_T = TypeVar("_T")
+Throttling = dict[str, list[str] | None]
+"""{"now": [reasons], "since_boot": [reasons]}; None for the one of them that nothing here tells."""
 
 
 def _text(path: str | Path) -> str | None:
+    return HERE.text(str(path))
+
+
+def _or_none(read: Callable[[System], _T], system: System) -> _T | None:
     try:
-        return Path(path).read_text(encoding="utf-8", errors="replace").strip("\0 \n") or None
-    except OSError:
+        return read(system)
+    except FactError:
         return None
 
 
-def board() -> str | None:
+def board(system: System = HERE) -> str | None:
     """The board's name from the device tree (ARM) or DMI (x86)."""
-    tree = _text("/proc/device-tree/model")
+    tree = system.text("/proc/device-tree/model")
     if tree:
         return tree
-    parts = [_text(f"/sys/class/dmi/id/{name}") for name in ("sys_vendor", "product_name")]
+    parts = [system.text(f"/sys/class/dmi/id/{name}") for name in ("sys_vendor", "product_name")]
     return " ".join(part for part in parts if part) or None
+
+
+def is_jetson(system: System = HERE) -> bool:
+    """By the device tree, which a container sees too, or by the release file."""
+    compatible = system.text("/proc/device-tree/compatible") or ""
+    return "nvidia,tegra" in compatible or system.exists(_L4T_RELEASE)
 
 
 def cpu_model() -> str | None:
@@ -38,10 +62,9 @@ def usable_cpus() -> list[int]:
     return sorted(os.sched_getaffinity(0))
 
 
-def cpu_quota() -> float | None:
-    """Processors' worth of time that the control group grants; None without a limit."""
-    limit = (_text("/sys/fs/cgroup/cpu.max") or "max").split()
-    return None if limit[0] == "max" else int(limit[0]) / int(limit[1])
+def cpu_quota(system: System = HERE) -> float | None:
+    """Processors' worth of time that the control groups grant; None without a limit."""
+    return _or_none(cgroup.cpu_quota, system)
 
 
 def physical_cores() -> int:
@@ -110,6 +133,107 @@ def temperatures_c() -> dict[str, float]:
     return zones
 
 
+def throttling(system: System = HERE) -> Throttling | None:
+    """As `read_throttling`; None when nothing tells, or nothing that can be understood."""
+    found = _or_none(read_throttling, system)
+    return None if found is None or found == {"now": None, "since_boot": None} else found
+
+
+def read_throttling(system: System) -> Throttling:
+    """What lowers the clock now, and has done so since boot. Raises FactError for an answer not to be had.
+
+    Sources: a Raspberry Pi's firmware (both), the kernel's cooling devices (now), x86's counters (since boot).
+    """
+    now, since_boot = _firmware(system) or (None, None)
+    cooling, counted = _cooling(system), _counted(system)
+    return {"now": _joined(now, cooling), "since_boot": _joined(since_boot, counted)}
+
+
+def _joined(*found: list[str] | None) -> list[str] | None:
+    told = [part for part in found if part is not None]
+    return [reason for part in told for reason in part] if told else None
+
+
+def _firmware(system: System) -> tuple[list[str], list[str]] | None:
+    """(now, since boot) as a Raspberry Pi's firmware has it; None on another board."""
+    source = "vcgencmd get_throttled"
+    said = system.run(["vcgencmd", "get_throttled"])
+    if said is None:
+        for source in system.glob("/sys/devices/platform/soc*/soc*:firmware/get_throttled"):
+            said = system.read(source)
+    if said is None:
+        if "Raspberry Pi" in (board(system) or ""):
+            raise FactError(
+                "the firmware does not say: vcgencmd does not answer, and /sys has no get_throttled",
+                remedy="let this user run vcgencmd: sudo usermod -aG video USER",
+            )
+        return None
+    match = re.fullmatch(r"(?:throttled=)?(?:0x)?([0-9a-f]{1,8})", said.strip(), re.IGNORECASE)
+    if match is None:
+        raise FactError(f"{source} says {said.strip()[:60]!r}, which is no mask")
+    mask = int(match[1], 16)
+    now, since_boot = ([name for bit, name in _FIRMWARE_BITS.items() if mask >> shift + bit & 1] for shift in (0, 16))
+    return now, since_boot
+
+
+def _cooling(system: System) -> list[str] | None:
+    """Cooling devices that hold the clock down now; None when the kernel has none of that kind."""
+    found, reasons = False, []
+    for folder in system.glob("/sys/class/thermal/cooling_device*"):
+        kind = system.read(f"{folder}/type") or ""
+        if not _COOLS_BY_CLOCK.search(kind) or "fan" in kind.lower():
+            continue
+        found = True
+        state = system.number(f"{folder}/cur_state")
+        if state is None:
+            raise FactError(f"{folder} ({kind}) has no cur_state")
+        if state > 0:
+            reasons.append(f"{kind} at {state} of {system.text(f'{folder}/max_state') or '?'}")
+    return reasons if found else None
+
+
+def _counted(system: System) -> list[str] | None:
+    """Times that x86 cores were too hot since boot; None where they are not counted."""
+    paths = system.glob(f"{_CPUS}/cpu[0-9]*/thermal_throttle/core_throttle_count")
+    times = sum(parse_int(system.read(path) or "", path) for path in paths)
+    return None if not paths else [f"cores too hot, {times} times"] if times else []
+
+
+def power_mode(system: System = HERE) -> str | None:
+    """A Jetson's power mode by name, such as "15W" or "MAXN_SUPER"."""
+    return _or_none(read_power_mode, system)
+
+
+def read_power_mode(system: System) -> str:
+    """Raises FactError, also on what is no Jetson."""
+    said = system.run(["nvpmodel", "-q"])
+    if said is None:
+        raise FactError("nvpmodel -q does not answer", remedy="sudo nvpmodel -q; in a container: ask outside of it")
+    match = re.search(r"^NV Power Mode\s*:\s*(\S.*?)\s*$", said, re.MULTILINE)
+    if match is None:
+        raise FactError(f"nvpmodel -q says {said.strip()[:60]!r}, which names no power mode")
+    return match[1]
+
+
+def l4t(system: System = HERE) -> str | None:
+    """Release of a Jetson's Linux, such as "36.4.3"."""
+    return _or_none(read_l4t, system)
+
+
+def read_l4t(system: System) -> str:
+    """Raises FactError, also on what is no Jetson."""
+    text = system.read(_L4T_RELEASE)
+    if text is None:
+        raise FactError(
+            f"no {_L4T_RELEASE}: a container that was not given it?",
+            remedy=f"docker run -v {_L4T_RELEASE}:{_L4T_RELEASE}:ro",
+        )
+    match = re.match(r"# R(\d+) \(release\), REVISION: (\d+(?:\.\d+)*)", text)
+    if match is None:
+        raise FactError(f"{_L4T_RELEASE} says {text[:60]!r}, which is no release")
+    return f"{match[1]}.{match[2]}"
+
+
 def probe() -> dict[str, Any]:
     """Everything above, JSON-able. Bytes, hertz, degrees Celsius."""
     version = glibc()
@@ -126,6 +250,9 @@ def probe() -> dict[str, Any]:
         "glibc": ".".join(map(str, version)) if version else None,
         "page_bytes": os.sysconf("SC_PAGE_SIZE"),
         "governor": _governor(),
+        "power_mode": power_mode(),
+        "l4t": l4t(),
+        "throttling": throttling(),
         "frequencies_hz": _frequencies_hz(),
         "temperatures_c": temperatures_c(),
         "load_average_1min": os.getloadavg()[0],
