@@ -814,7 +814,7 @@ STAGES: tuple[Stage, ...] = (
         },
         per_target=True,
         uses_llama_cpp=lambda _: True,
-        version=2,
+        version=3,
     ),
     Stage(
         "smoke",
@@ -835,6 +835,7 @@ STAGES: tuple[Stage, ...] = (
         inputs=lambda recipe: {"bundle": Made("bundle", "")},
         per_target=True,
         on_device=True,
+        version=2,
     ),
 )
 STAGE_NAMES = tuple(stage.name for stage in STAGES)

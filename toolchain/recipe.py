@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from toolchain.settings import OPERATIONAL, ExistingPath, Settings, read_toml
 
@@ -399,6 +399,19 @@ class Bench(Settings):
     repetitions: int = Field(5, ge=1)
     cold_starts: int = Field(5, ge=1)
     """Starts with the page cache warm, and as many with it evicted."""
+    depth: int = Field(2048, ge=0)
+    """Tokens before the long-context decode, as many as fit the context; 0 leaves it out."""
+    clients: tuple[Annotated[int, Field(ge=1, le=64)], ...] = (1, 2, 4)
+    """How many ask at the same time; the first is one."""
+    sustained_minutes: float = Field(0.0, ge=0, le=600)
+    """Answers without a pause, to see whether the device slows down; 0 leaves it out."""
+
+    @field_validator("clients")
+    @classmethod
+    def _one_comes_first(cls, clients: tuple[int, ...]) -> tuple[int, ...]:
+        if clients[:1] != (1,):
+            raise ValueError("the first number of clients is 1")
+        return clients
 
 
 class Recipe(Settings):

@@ -71,6 +71,30 @@ class Server(Settings):
     ready_timeout_s: float = Field(120.0, gt=0)
 
 
+class Budgets(Settings):
+    """What a bundle must reach on the device: `edgectl gate` holds a benchmark record to it. Left out: not asked for.
+
+    Shares of what the device could do hold for any model; tokens/s for the models that the profile is for.
+    """
+
+    decode_tps: float | None = Field(None, gt=0)
+    """At least; the median."""
+    prefill_tps: float | None = Field(None, gt=0)
+    """At least; the median."""
+    roofline_pct: float | None = Field(None, gt=0, le=100)
+    """At least; decode as a share of what the memory's measured bandwidth allows."""
+    ttft_s: float | None = Field(None, gt=0)
+    """At most; the 95th percentile."""
+    cold_start_s: float | None = Field(None, gt=0)
+    """At most; spawn to first token with the page cache evicted, the 95th percentile."""
+    memory_x_model: float | None = Field(None, gt=0)
+    """At most; peak resident memory ÷ bytes of the model."""
+    sustained_ratio: float | None = Field(None, gt=0, le=1.5)
+    """At least; last ÷ first minute of a sustained run."""
+    power_mode: str | None = None
+    """The mode that the others are meant for; in another one nothing is judged."""
+
+
 class TargetProfile(Settings):
     """One device or family of devices."""
 
@@ -81,6 +105,7 @@ class TargetProfile(Settings):
     """Of the smallest board that is meant; left out: any. Model, cache and server must fit into it."""
     runtime: Runtime
     server: Server = Server()
+    budgets: Budgets = Budgets()
 
     def check_build_host(self, machine: str) -> None:
         """`machine`, as uname has it, can build for the device: by a cross compiler, or being of its kind.

@@ -244,20 +244,29 @@ def test_a_port_in_use_is_one_clear_error_with_a_free_port(bundle: Path) -> None
 def test_bench_writes_a_record_with_every_sample_and_its_conditions(bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "record.json"
     options = ["--repetitions", "2", "--cold-starts", "2", "--prompt-tokens", "64", "--generated-tokens", "8"]
+    options += ["--clients", "1,3", "--sustained", "0.5"]
     result = edgectl(bundle, "bench", *options, "--out", str(out))
     assert result.returncode == 0, result.stderr
     record = json.loads(out.read_text())
     names = {"pp64_tps", "tg8_tps", "ttft_s", "tpot_s", "served_decode_tps", "served_prefill_tps"}
-    names |= {f"{name}_{state}_s" for name in ("load", "cold_start") for state in ("warm", "evicted")}
-    assert set(record["metrics"]) == names
+    names |= {f"{name}_{state}_s" for name in ("listening", "load", "cold_start") for state in ("warm", "evicted")}
+    other = {"ttft_3_clients_s": 9, "tpot_3_clients_s": 9, "served_3_clients_tps": 3, "sustained_tps": 3}
+    other[f"tg8_d{(tiny_chat.CONTEXT - 8) // 128 * 128}_tps"] = 2
+    assert {name: len(metric["samples"]) for name, metric in record["metrics"].items()} == dict.fromkeys(
+        names, 2
+    ) | other
     for metric in record["metrics"].values():
-        assert len(metric["samples"]) == 2
         assert min(metric["samples"]) > 0
         assert min(metric["samples"]) <= metric["p50"] <= metric["p95"] <= max(metric["samples"])
+        assert metric["measured"] is True
     for first, ready in zip(
         record["metrics"]["cold_start_warm_s"]["samples"], record["metrics"]["load_warm_s"]["samples"], strict=True
     ):
         assert first > ready
+    for ready, listening in zip(
+        record["metrics"]["load_warm_s"]["samples"], record["metrics"]["listening_warm_s"]["samples"], strict=True
+    ):
+        assert ready >= listening
     assert record["memory"]["served_generated_tokens"] == [8, 8]
     assert all(60 <= count <= 64 for count in record["memory"]["served_prompt_tokens"])
     assert record["memory"]["peak_rss_bytes"] >= record["memory"]["pss_bytes"] > 0
@@ -265,11 +274,23 @@ def test_bench_writes_a_record_with_every_sample_and_its_conditions(bundle: Path
     assert record["measured"] is True
     assert record["conclusive"] is (not record["inconclusive_because"])
     assert set(record["foreign_cpu_share"]) == {
+        "memory bandwidth",
         "llama-bench",
         "as served",
+        "3 clients",
         "cold start, warm",
         "cold start, evicted",
+        "sustained",
     }
+    roof = record["roofline"]
+    assert roof["pct"] == pytest.approx(100 * record["metrics"]["tg8_tps"]["p50"] / roof["ceiling_tps"])
+    assert roof["ceiling_tps"] == pytest.approx(roof["read_gb_per_s"] * 1e9 / roof["bytes_per_token"])
+    assert record["sustained"]["last_to_first"] > 0
+    assert record["sustained"]["tokens"] > 100
+    assert all(faults is not None for faults in record["page_cache"]["major_faults"]["evicted"])
+    gated = edgectl(bundle, "gate", str(out))
+    assert gated.returncode in (0, 5, 6)
+    assert gated.stdout.splitlines()[-1].startswith("all together: ")
     assert "pp64_tps" in result.stdout
 
 

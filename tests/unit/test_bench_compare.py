@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from toolchain import cli
-from toolchain.device import bench, probe
+from toolchain.device import bench, measure, probe
 from toolchain.errors import ArtifactError
 from toolchain.evaluate import bench_compare, bench_compare_text
 from toolchain.evaluate.bootstrap import ratio_interval
@@ -22,7 +22,7 @@ Metrics = dict[str, tuple[str, tuple[float, ...]]]
 
 def record(metrics: Metrics, **changes: Any) -> dict[str, Any]:
     """A record whose metrics, device and options are made by the device's own code."""
-    made = bench._Record()
+    made = measure.Record(measured=True)
     for name, (unit, samples) in metrics.items():
         made.add(name, unit, samples)
     return {
@@ -122,7 +122,7 @@ def test_the_same_records_give_the_same_comparison(tmp_path: Path) -> None:
 
 def test_a_record_made_by_the_devices_own_summary_is_read(tmp_path: Path) -> None:
     content = record({}, a_key_of_tomorrow={"x": [1]})
-    content["metrics"] = {"ttft_s": {"unit": "s", **bench.summary(STEADY)}}
+    content["metrics"] = {"ttft_s": {"unit": "s", **measure.summary(STEADY)}}
     found = bench_compare.read_record(written(tmp_path, "a.json", content))
     assert found.metrics["ttft_s"].samples == list(STEADY)
     assert found.device.board == "Raspberry Pi 5"

@@ -33,6 +33,7 @@ def test_only_known_placeholders_are_left_for_the_device() -> None:
         "prompt_tokens",
         "generated_tokens",
         "repetitions",
+        "depth",
     }
 
 

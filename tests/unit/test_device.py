@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import toolchain.device
-from toolchain.device import bench, files, meter, probe, serve
+from toolchain.device import bench, files, measure, meter, probe, serve
 from toolchain.device.client import Streamed
 from toolchain.device.errors import DeviceError, UsageError
 from toolchain.recipe import Bench
@@ -49,17 +49,17 @@ def test_it_runs_without_site_packages_under_another_name(tmp_path: Path) -> Non
 
 
 def test_percentiles_interpolate_between_ranks() -> None:
-    assert bench.percentile([4, 1, 3, 2], 0.5) == 2.5
-    assert bench.percentile([1, 2, 3, 4, 5], 0.95) == pytest.approx(4.8)
-    assert bench.percentile([7], 0.95) == 7
+    assert measure.percentile([4, 1, 3, 2], 0.5) == 2.5
+    assert measure.percentile([1, 2, 3, 4, 5], 0.95) == pytest.approx(4.8)
+    assert measure.percentile([7], 0.95) == 7
 
 
 def test_a_summary_keeps_the_samples_and_says_how_they_vary() -> None:
-    summary = bench.summary([9.0, 10.0, 11.0])
+    summary = measure.summary([9.0, 10.0, 11.0])
     assert summary["samples"] == [9.0, 10.0, 11.0]
     assert summary["p50"] == 10.0
     assert summary["variation"] == pytest.approx(0.1)
-    assert bench.summary([3.0])["variation"] == 0.0
+    assert measure.summary([3.0])["variation"] == 0.0
 
 
 def test_tpot_spans_the_gaps_between_tokens() -> None:
@@ -160,7 +160,7 @@ def test_defaults_of_bench_are_those_of_the_recipe() -> None:
 
 
 def test_a_noisy_or_unsteady_record_says_so() -> None:
-    record = bench._Record()
+    record = measure.Record(measured=True)
     record.add("a_s", "s", [1.0, 1.01])
     record.foreign["part"] = 0.01
     assert record.doubts() == []

@@ -113,6 +113,7 @@ def run(
                 "file": model,
                 "sha256": model_sha256,
                 "licence": _model_licence(gguf),
+                "cache_bytes": _cache_bytes(facts, gguf, settings.context),
                 **_model_facts(facts, settings, target, quantize_facts),
             },
             "lineage": dict(sorted(lineage.items())),
@@ -210,10 +211,8 @@ def _check_model(facts: "GgufFacts", gguf: Path, settings: BundleSettings, targe
         )
 
 
-def _check_memory(facts: "GgufFacts", gguf: Path, settings: BundleSettings, target: TargetProfile) -> None:
-    """Weights, keys and values of the whole context in 16 bits, and the server's own share, in the target's memory."""
-    if target.memory_mib is None:
-        return
+def _cache_bytes(facts: "GgufFacts", gguf: Path, context: int) -> int:
+    """Keys and values of `context` tokens in 16 bits."""
     from toolchain.gguf.header import read_metadata
 
     known = read_metadata(gguf)
@@ -224,7 +223,21 @@ def _check_memory(facts: "GgufFacts", gguf: Path, settings: BundleSettings, targ
 
     heads = number("attention.head_count")
     width = number("attention.key_length") or number("embedding_length") // max(heads, 1)
-    cache = 4 * number("block_count") * (number("attention.head_count_kv") or heads) * width * settings.context
+    return 4 * number("block_count") * (number("attention.head_count_kv") or heads) * width * context
+
+
+def _bytes_per_token(facts: "GgufFacts") -> int:
+    """A tied embedding table is the output too; of another one, one row is read."""
+    names = {tensor.name for tensor in facts.tensors}
+    unread = "token_embd.weight" if "output.weight" in names else None
+    return sum(tensor.bytes for tensor in facts.tensors if tensor.name != unread)
+
+
+def _check_memory(facts: "GgufFacts", gguf: Path, settings: BundleSettings, target: TargetProfile) -> None:
+    """Weights, keys and values of the whole context in 16 bits, and the server's own share, in the target's memory."""
+    if target.memory_mib is None:
+        return
+    cache = _cache_bytes(facts, gguf, settings.context)
     needed = facts.file_bytes + cache + layout.SERVER_BYTES
     if needed > target.memory_mib << 20:
         raise ModelError(
@@ -259,6 +272,7 @@ def _model_facts(
         "parameters": facts.parameters,
         "file_type": facts.file_type,
         "bits_per_weight": facts.bits_per_weight,
+        "bytes_per_token": _bytes_per_token(facts),
         "tensor_types": facts.tensor_types,
         "quantize": quantize_facts,
         "context": settings.context,

@@ -64,6 +64,7 @@ def bench_argv(target: TargetProfile, *, model: str) -> list[str]:
         *("--threads", "{threads}"),
         *("--n-prompt", "{prompt_tokens}"),
         *("--n-gen", "{generated_tokens}"),
+        *("--n-depth", "{depth}"),
         *("--repetitions", "{repetitions}"),
         *("--output", "json"),
         *on_gpu,
@@ -82,4 +83,5 @@ def presets(target: TargetProfile, *, model: str, alias: str, context: int) -> d
         },
         "devices": {"argv": devices_argv()},
         "bench": {"argv": bench_argv(target, model=model)},
+        "budgets": target.budgets.model_dump(exclude_none=True),
     }

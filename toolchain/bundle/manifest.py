@@ -67,6 +67,10 @@ class Model(_Part):
     parameters: int
     file_type: str | None
     bits_per_weight: float
+    bytes_per_token: int
+    """Weights that are read for each token: all but an embedding table that is not the output as well."""
+    cache_bytes: int
+    """Keys and values of the whole context, in 16 bits."""
     tensor_types: dict[str, int]
     quantize: dict[str, Any]
     """What was asked of the quantizer and what it did, quantize.json."""

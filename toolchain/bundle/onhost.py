@@ -43,6 +43,9 @@ def bench(settings: Bench, bundle: Path, *, out: Path, report: Reporter) -> dict
         *("--cold-starts", str(settings.cold_starts)),
         *("--prompt-tokens", str(settings.prompt_tokens)),
         *("--generated-tokens", str(settings.generated_tokens)),
+        *("--depth", str(settings.depth)),
+        *("--clients", ",".join(map(str, settings.clients))),
+        *(["--sustained", str(settings.sustained_minutes)] if settings.sustained_minutes else []),
     ]
     with bar(report, "bench", total=None, unit="part"):
         _edgectl(bundle, ["bench", "--json", *options], out=out, stdout=result, report=report)

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from . import bench, doctor, files, install, probe, releases, serve, signature, smoke, supervise, unpack, verify
+from . import bench, doctor, files, gate, install, probe, releases, serve, signature, smoke, supervise, unpack, verify
 from . import service as service_module
 from .errors import DeviceError, UsageError
 
@@ -68,7 +68,19 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("repetitions", "cold_starts", "prompt_tokens", "generated_tokens"):
         flag = "--" + name.replace("_", "-")
         verb.add_argument(flag, type=int, metavar="N", default=getattr(defaults, name), help="(default: %(default)s)")
+    text = "tokens before the long-context decode, as many as fit; 0 leaves it out (default: %(default)s)"
+    verb.add_argument("--depth", type=int, metavar="N", default=defaults.depth, help=text)
+    shown = ",".join(map(str, defaults.clients))
+    text = f"how many ask at the same time, such as {shown}, the default"
+    verb.add_argument("--clients", type=list_of_numbers, metavar="N,…", default=defaults.clients, help=text)
+    text = "answer without a pause, ten minutes or as many as given: does the device slow down?"
+    verb.add_argument("--sustained", type=float, nargs="?", const=10.0, default=0.0, metavar="MINUTES", help=text)
     verb.set_defaults(call=_bench)
+    _json_option(verb)
+
+    verb = verbs.add_parser("gate", help="hold a benchmark record to the bundle's budgets")
+    verb.add_argument("record", type=Path, metavar="RECORD", help="what bench --out wrote")
+    verb.set_defaults(call=_gate)
     _json_option(verb)
 
     verb = verbs.add_parser("verify", help="check signature, every file and what the machine offers")
@@ -274,6 +286,9 @@ def _bench(bundle: files.Bundle, options: argparse.Namespace) -> int:
         cold_starts=options.cold_starts,
         prompt_tokens=options.prompt_tokens,
         generated_tokens=options.generated_tokens,
+        depth=options.depth,
+        clients=options.clients,
+        sustained_minutes=options.sustained,
     )
     if options.out is not None and not options.out.resolve().parent.is_dir():
         raise UsageError(f"--out {options.out}: no such folder")
@@ -290,6 +305,22 @@ def _bench(bundle: files.Bundle, options: argparse.Namespace) -> int:
     else:
         print(bench.table(record))
     return 0
+
+
+def list_of_numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+_GATE_CODES = {"passed": 0, "failed": 5, "inconclusive": 6}
+
+
+def _gate(bundle: files.Bundle, options: argparse.Namespace) -> int:
+    report = gate.judge(bundle, gate.read_record(options.record))
+    if options.json:
+        _print_json(report)
+    else:
+        print(gate.table(report))
+    return _GATE_CODES[report["verdict"]]
 
 
 def _info(bundle: files.Bundle, options: argparse.Namespace) -> int:

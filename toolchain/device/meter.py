@@ -68,6 +68,15 @@ def memory_bytes(pid: int) -> dict[str, int | None]:
     }
 
 
+def major_faults(pid: int) -> int | None:
+    """Pages that the process had to read from the disk, since its start; None when it is gone."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return None
+    return int(text.rpartition(")")[2].split()[9])
+
+
 def _kib(path: Path, key: str) -> int | None:
     try:
         match = re.search(rf"^{key}:\s+(\d+) kB", path.read_text(), re.MULTILINE)

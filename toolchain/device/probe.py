@@ -249,9 +249,16 @@ def probe() -> dict[str, Any]:
         "kernel": platform.release(),
         "glibc": ".".join(map(str, version)) if version else None,
         "page_bytes": os.sysconf("SC_PAGE_SIZE"),
+        "l4t": l4t(),
+        **state(),
+    }
+
+
+def state() -> dict[str, Any]:
+    """What of it changes while we measure."""
+    return {
         "governor": _governor(),
         "power_mode": power_mode(),
-        "l4t": l4t(),
         "throttling": throttling(),
         "frequencies_hz": _frequencies_hz(),
         "temperatures_c": temperatures_c(),

@@ -48,6 +48,8 @@ class Server:
         self.health: list[str] = []
         """What /health said on the way up, each once: "refused", "503", "200"."""
         self.log: collections.deque[str] = collections.deque(maxlen=_LOG_LINES)
+        self.listening_s = math.nan
+        """Spawn → somebody answers at the port, if only that it is not ready."""
         self.ready_s = math.nan
         """Spawn → /health is 200, once `wait_ready` has returned."""
         self._on_line = on_line
@@ -72,6 +74,8 @@ class Server:
             except OSError:
                 status = "refused"
             now_s = time.perf_counter()
+            if status != "refused" and math.isnan(self.listening_s):
+                self.listening_s = now_s - self.spawned_at_s
             if status not in self.health:
                 self.health.append(status)
             if status == "200":

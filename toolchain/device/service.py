@@ -198,7 +198,7 @@ def unit_text(home: Home, name: str, settings: Settings, manifest: dict[str, Any
 def memory_limit_bytes(manifest: dict[str, Any]) -> int:
     """A limit that only a leak reaches: weights twice, mapped and repacked, keys and values, and the server's own."""
     model = manifest["model"]
-    return 2 * int(model["bytes"]) + int(model.get("cache_bytes") or 0) + 2 * files.SERVER_BYTES
+    return 2 * int(model["bytes"]) + int(model["cache_bytes"]) + 2 * files.SERVER_BYTES
 
 
 def _quoted(part: str) -> str:

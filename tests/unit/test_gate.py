@@ -1,0 +1,222 @@
+"""Budgets and what a record says to them; energy, bandwidth and windows that records are made of."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from toolchain.device import bandwidth, bench, energy, files, gate, measure
+from toolchain.device.errors import UsageError
+from toolchain.device.system import System
+from toolchain.target import Budgets
+
+BUNDLE = "sha256:" + "a" * 64
+
+
+def bundle(tmp_path: Path, **budgets: Any) -> files.Bundle:
+    (tmp_path / "presets.json").write_text(json.dumps({"budgets": Budgets(**budgets).model_dump(exclude_none=True)}))
+    manifest = {"bundle_id": BUNDLE, "target": {"name": "board"}}
+    return files.Bundle(tmp_path, manifest, "0" * 64)
+
+
+def record(**changes: Any) -> dict[str, Any]:
+    made = measure.Record(measured=True)
+    made.add("tg128_tps", "tokens/s", [10.0, 10.1, 9.9])
+    made.add("pp512_tps", "tokens/s", [100.0, 101.0, 99.0])
+    made.add("ttft_s", "s", [0.5, 0.51, 0.5])
+    made.add("cold_start_evicted_s", "s", [2.0, 2.02, 2.01])
+    made.foreign["llama-bench"] = 0.01
+    return {
+        "schema_version": bench.SCHEMA_VERSION,
+        "bundle": BUNDLE,
+        "measured": True,
+        "emulated": None,
+        "options": vars(bench.Options()),
+        "model": {"bytes": 100},
+        "memory": {"peak_rss_bytes": 150},
+        "page_cache": {"eviction_verified": True},
+        "roofline": {"pct": 60.0},
+        "sustained": None,
+        "device": {"power_mode": "15W", "throttling": {"now": [], "since_boot": []}},
+        "device_after": {"throttling": None},
+        "foreign_cpu_share": made.foreign,
+        "metrics": made.metrics,
+        **changes,
+    }
+
+
+@pytest.mark.parametrize(
+    ("budgets", "verdict"),
+    [
+        ({"decode_tps": 9.0}, "passed"),
+        ({"decode_tps": 11.0}, "failed"),
+        ({"prefill_tps": 100.0}, "passed"),
+        ({"ttft_s": 0.6}, "passed"),
+        ({"ttft_s": 0.4}, "failed"),
+        ({"cold_start_s": 2.01}, "failed"),  # the 95th percentile is 2.019
+        ({"cold_start_s": 2.02}, "passed"),
+        ({"memory_x_model": 1.5}, "passed"),
+        ({"memory_x_model": 1.4}, "failed"),
+        ({"roofline_pct": 60.0}, "passed"),
+        ({"roofline_pct": 61.0}, "failed"),
+        ({"sustained_ratio": 0.9}, "inconclusive"),
+        ({"decode_tps": 9.0, "ttft_s": 0.4}, "failed"),
+        ({"decode_tps": 9.0, "sustained_ratio": 0.9}, "inconclusive"),
+        ({"decode_tps": 9.0, "power_mode": "15W"}, "passed"),
+        ({"decode_tps": 9.0, "power_mode": "25W"}, "inconclusive"),
+    ],
+)
+def test_every_budget_is_held_against_its_figure(tmp_path: Path, budgets: dict[str, Any], verdict: str) -> None:
+    assert gate.judge(bundle(tmp_path, **budgets), record())["verdict"] == verdict
+
+
+def test_every_budget_of_a_profile_is_known_to_the_device(tmp_path: Path) -> None:
+    for name in Budgets.model_fields:
+        value: Any = "15W" if name == "power_mode" else 1.0
+        report = gate.judge(
+            bundle(tmp_path, decode_tps=1.0, **({} if name == "decode_tps" else {name: value})), record()
+        )
+        assert {row["budget"] for row in report["budgets"]} == {"decode_tps", name} - {"power_mode"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"measured": False, "emulated": "by qemu"}, "not measured on the device: by qemu"),
+        ({"device": {"throttling": {"now": ["under-voltage"]}}}, "throttled: under-voltage"),
+        ({"device_after": {"throttling": {"now": ["throttled"]}}}, "throttled: throttled"),
+        ({"foreign_cpu_share": {"llama-bench": 0.2}}, "other programs used 20.0% of the processors"),
+    ],
+)
+@pytest.mark.parametrize("limit", [9.0, 11.0])
+def test_a_doubtful_record_neither_passes_nor_fails(
+    tmp_path: Path, changes: dict[str, Any], reason: str, limit: float
+) -> None:
+    report = gate.judge(bundle(tmp_path, decode_tps=limit), record(**changes))
+    assert report["verdict"] == "inconclusive"
+    assert reason in gate.table(report)
+
+
+def test_samples_that_vary_are_inconclusive(tmp_path: Path) -> None:
+    made = measure.Record(measured=True)
+    made.add("tg128_tps", "tokens/s", [10.0, 12.0, 14.0])
+    report = gate.judge(bundle(tmp_path, decode_tps=1.0), record(metrics=made.metrics))
+    assert report["verdict"] == "inconclusive"
+    assert report["budgets"][0]["because"] == ["tg128_tps: samples vary by 16.7%"]
+
+
+def test_an_unverified_eviction_and_a_model_in_the_cache_are_inconclusive(tmp_path: Path) -> None:
+    cold = gate.judge(bundle(tmp_path, cold_start_s=9.0), record(page_cache={"eviction_verified": False}))
+    assert cold["verdict"] == "inconclusive"
+    roof = gate.judge(bundle(tmp_path, roofline_pct=50.0), record(roofline={"pct": 235.0}))
+    assert roof["verdict"] == "inconclusive"
+
+
+def test_no_budgets_and_another_bundle_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="the target board has no budgets"):
+        gate.judge(bundle(tmp_path), record())
+    with pytest.raises(UsageError, match="the record is of another bundle"):
+        gate.judge(bundle(tmp_path, decode_tps=1.0), record(bundle="sha256:" + "b" * 64))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not JSON"),
+        ("[]", "not a benchmark record"),
+        ("[" * 100_000, "not JSON"),
+        ('{"metrics": {}, "schema_version": 7}', "has schema version 7, this edgectl reads 1"),
+        ('{"metrics": {}}', "has schema version None"),
+        (None, "no such file"),
+    ],
+)
+def test_what_is_no_record_is_one_clear_error(tmp_path: Path, content: str | None, message: str) -> None:
+    path = tmp_path / "record.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UsageError, match=re.escape(message)):
+        gate.read_record(path)
+
+
+def write(root: Path, files_: dict[str, str]) -> System:
+    for name, text in files_.items():
+        path = root / name.lstrip("/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    return System(root)
+
+
+def test_energy_of_rapl_counts_packages_once_and_survives_the_counters_end(tmp_path: Path) -> None:
+    zone = "/sys/class/powercap/intel-rapl:0"
+    system = write(
+        tmp_path,
+        {
+            f"{zone}/energy_uj": "9000000",
+            f"{zone}/max_energy_range_uj": "10000000",
+            "/sys/class/powercap/intel-rapl:0:0/energy_uj": "1",
+            "/sys/class/powercap/intel-rapl:1/energy_uj": "0",
+        },
+    )
+    with energy.Meter(system) as used:
+        write(tmp_path, {f"{zone}/energy_uj": "2000000", "/sys/class/powercap/intel-rapl:1/energy_uj": "500000"})
+    assert used.joules == pytest.approx(3.5)
+    assert used.source == "RAPL, processor packages"
+
+
+def test_energy_of_a_jetson_is_the_integral_over_its_input_rail(tmp_path: Path) -> None:
+    sensor = "/sys/class/hwmon/hwmon3"
+    system = write(
+        tmp_path,
+        {f"{sensor}/in1_label": "VDD_IN", f"{sensor}/in1_input": "5000", f"{sensor}/curr1_input": "2000"},
+    )
+    with energy.Meter(system) as used:
+        import time
+
+        time.sleep(0.9)
+    assert used.joules is not None
+    assert 10 * 0.2 <= used.joules <= 10 * 5
+    assert used.source.startswith("VDD_IN")
+
+
+def test_where_nothing_tells_energy_is_unknown(tmp_path: Path) -> None:
+    with energy.Meter(System(tmp_path)) as used:
+        pass
+    assert (used.joules, used.source) == (None, "no sensor that can be read")
+    assert energy.integral([(0.0, 10.0), (1.0, 20.0), (3.0, 20.0)]) == pytest.approx(55.0)
+    assert energy.integral([(0.0, 10.0)]) is None
+
+
+def test_bandwidth_is_that_of_a_memory_and_not_of_a_cache_or_of_a_page_of_zeros() -> None:
+    found = bandwidth.read_gb_per_s(1)
+    assert found is not None
+    assert 0.2 < found < 400
+
+
+def test_tokens_are_counted_by_windows_and_a_pause_is_seen() -> None:
+    arrived = [(second / 10, 1) for second in range(100)] + [(15.0, 20), (29.9, 5), (30.0, 99)]
+    assert measure.per_window(arrived, 30.0) == [10.0, 2.0, 0.5]
+
+
+def test_the_long_context_fits_the_bundle() -> None:
+    options = bench.Options()
+    assert options.depth_within(4096) == 2048
+    assert options.depth_within(2048) == 1920
+    assert options.depth_within(128) == 0
+    assert bench.Options(depth=0).depth_within(4096) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (bench.Options(depth=-1), "--depth -1: at least 0"),
+        (bench.Options(clients=(2, 4)), "--clients 2,4: numbers from 1 to 64, the first of them 1"),
+        (bench.Options(clients=(1, 0)), "--clients 1,0"),
+        (bench.Options(sustained_minutes=0.1), "--sustained 0.1: from 0.5 to 600 minutes"),
+        (bench.Options(sustained_minutes=float("nan")), "--sustained nan"),
+    ],
+)
+def test_more_options_of_bench_have_bounds(options: bench.Options, message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        options.check(4096)
