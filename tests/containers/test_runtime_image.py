@@ -152,12 +152,35 @@ def test_without_a_key_it_does_not_listen_to_the_network(docker: Engine, images:
     assert "error: --api-key-file /run/secrets/api_key: cannot be read" in ran.stderr
 
 
-def test_the_pis_image_gives_the_tokens_of_the_x86_one(docker: Engine, images: dict[str, str], folder: Path) -> None:
-    """Under qemu's Cortex-A76, which the kernel starts for arm64 programs."""
+def need_qemu() -> None:
     if not Path("/proc/sys/fs/binfmt_misc/qemu-aarch64").exists():
         if os.environ.get("CI"):
             pytest.fail("the kernel does not know qemu-aarch64")
         pytest.skip("the kernel does not know qemu-aarch64: apt-get install qemu-user-static binfmt-support")
+
+
+def test_a_benchmark_under_qemu_runs_to_its_end_and_calls_no_figure_measured(
+    docker: Engine, images: dict[str, str]
+) -> None:
+    need_qemu()
+    little = ("--repetitions", "1", "--cold-starts", "1", "--prompt-tokens", "32", "--generated-tokens", "4")
+    ran = docker.run(
+        *("run", "--rm", *CONFINED, "--tmpfs", "/tmp", "--env", "QEMU_CPU=cortex-a76", "--entrypoint", "python3"),
+        *(images["rpi5"], "-I", "-S", "/bundle/edgectl", "bench", "--json", *little, "--depth", "128"),
+        *("--clients", "1,2"),
+    )
+    assert ran.returncode == 0, ran.stderr
+    record = json.loads(ran.stdout)
+    assert record["measured"] is False
+    assert "qemu" in record["emulated"].lower() or "x86" in record["emulated"]
+    assert {"pp32_tps", "tg4_tps", "tg4_d128_tps", "cold_start_warm_s", "ttft_2_clients_s"} <= set(record["metrics"])
+    assert [name for name, metric in record["metrics"].items() if metric["measured"] is not False] == []
+    assert record["roofline"]["measured"] is False
+
+
+def test_the_pis_image_gives_the_tokens_of_the_x86_one(docker: Engine, images: dict[str, str], folder: Path) -> None:
+    """Under qemu's Cortex-A76, which the kernel starts for arm64 programs."""
+    need_qemu()
     body = {"prompt": tiny_chat.golden()[1]["prompt_ids"], "n_predict": 16, "temperature": 0, "return_tokens": True}
     tokens = {}
     for target, options in (("x86-cpu", ()), ("rpi5", ("--env", "QEMU_CPU=cortex-a76"))):
