@@ -5,13 +5,16 @@ import contextlib
 import json
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from . import bench, doctor, files, gate, install, probe, releases, serve, signature, smoke, supervise, unpack, verify
-from . import service as service_module
+from . import files
 from .errors import DeviceError, UsageError
+
+if TYPE_CHECKING:
+    from .service import Service
 
 
 class _TerminatedError(Exception):
@@ -22,7 +25,7 @@ def main(root: Path, arguments: list[str]) -> int:
     """Run one verb on the bundle at `root`; the exit code."""
     signal.signal(signal.SIGTERM, _terminate)
     signal.signal(signal.SIGHUP, _terminate)
-    options = _parser().parse_args(arguments)
+    options = _parser(arguments[0] if arguments else None).parse_args(arguments)
     try:
         return int(options.call(root if options.takes_folder else files.open_bundle(root), options))
     except DeviceError as error:
@@ -47,23 +50,37 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
     raise _TerminatedError
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(asked: str | None) -> argparse.ArgumentParser:
+    """Every verb by name, and the options of the one that is asked for.
+
+    What a verb needs is loaded with it alone: a server's start would otherwise wait for the benchmark's imports.
+    """
     parser = argparse.ArgumentParser(prog="edgectl", description="Serve, check and measure the model in this folder.")
     parser.set_defaults(takes_folder=False)
     verbs = parser.add_subparsers(metavar="VERB", required=True)
+    for name, (summary, add) in _VERBS.items():
+        verb = verbs.add_parser(name, help=summary)
+        if name == asked:
+            add(verb)
+    return parser
 
-    verb = verbs.add_parser("serve", help="run the OpenAI-compatible server until Ctrl-C or SIGTERM")
+
+def _add_serve(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     verb.add_argument("--port", type=int, default=8080, help="port to listen on (default: %(default)s)")
     verb.add_argument("--api-key-file", type=Path, metavar="F", help="file with the keys that are let in, one a line")
     verb.set_defaults(call=_serve)
 
-    verb = verbs.add_parser("smoke", help="check that the bundle works on this machine")
+
+def _add_smoke(verb: argparse.ArgumentParser) -> None:
     verb.set_defaults(call=_smoke)
     _json_option(verb)
 
+
+def _add_bench(verb: argparse.ArgumentParser) -> None:
+    from . import bench
+
     defaults = bench.Options()
-    verb = verbs.add_parser("bench", help="measure speed, cold start and memory")
     verb.add_argument("--out", type=Path, metavar="F", help="write the record, as JSON, to this file")
     for name in ("repetitions", "cold_starts", "prompt_tokens", "generated_tokens"):
         flag = "--" + name.replace("_", "-")
@@ -78,27 +95,34 @@ def _parser() -> argparse.ArgumentParser:
     verb.set_defaults(call=_bench)
     _json_option(verb)
 
-    verb = verbs.add_parser("gate", help="hold a benchmark record to the bundle's budgets")
+
+def _add_gate(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("record", type=Path, metavar="RECORD", help="what bench --out wrote")
     verb.set_defaults(call=_gate)
     _json_option(verb)
 
-    verb = verbs.add_parser("verify", help="check signature, every file and what the machine offers")
+
+def _add_verify(verb: argparse.ArgumentParser) -> None:
     verb.set_defaults(call=_verify, takes_folder=True)
     _signer_options(verb)
     _json_option(verb)
 
-    verb = verbs.add_parser("doctor", help="is this machine fit for the bundle right now, and in which state")
+
+def _add_doctor(verb: argparse.ArgumentParser) -> None:
     verb.set_defaults(call=_doctor)
     _json_option(verb)
 
-    verb = verbs.add_parser("unpack", help="unpack another bundle's archive, once it is found whole")
+
+def _add_unpack(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("archive", type=Path, metavar="ARCHIVE", help="a .tar that `toolchain pack` made")
     verb.add_argument("into", type=Path, metavar="FOLDER", help="where the bundle's folder is to be made")
     verb.set_defaults(call=_unpack, takes_folder=True)
     _signer_options(verb)
 
-    verb = verbs.add_parser("install", help="put a bundle in service: stage, swap, start, try, keep or go back")
+
+def _add_install(verb: argparse.ArgumentParser) -> None:
+    from . import releases
+
     verb.add_argument(
         "source",
         type=Path,
@@ -115,33 +139,38 @@ def _parser() -> argparse.ArgumentParser:
     _signer_options(verb)
     _json_option(verb)
 
-    verb = verbs.add_parser("rollback", help="serve the release that was good before this one")
+
+def _add_rollback(verb: argparse.ArgumentParser) -> None:
     _home_options(verb)
     verb.set_defaults(call=_rollback, takes_folder=True)
     _json_option(verb)
 
-    verb = verbs.add_parser("status", help="say what is installed and what is served")
+
+def _add_status(verb: argparse.ArgumentParser) -> None:
     _home_options(verb)
     verb.set_defaults(call=_status, takes_folder=True)
     _json_option(verb)
 
-    verb = verbs.add_parser("gc", help="remove releases that are neither served nor needed for a rollback")
+
+def _add_gc(verb: argparse.ArgumentParser) -> None:
     _home_options(verb)
     verb.set_defaults(call=_gc, takes_folder=True)
     _json_option(verb)
 
-    verb = verbs.add_parser("uninstall", help="stop the service and remove every release")
+
+def _add_uninstall(verb: argparse.ArgumentParser) -> None:
     _home_options(verb)
     verb.set_defaults(call=_uninstall, takes_folder=True)
 
-    verb = verbs.add_parser("supervise", help="what the service runs: serve the release that is to be served")
+
+def _add_supervise(verb: argparse.ArgumentParser) -> None:
     _home_options(verb, service=False)
     verb.set_defaults(call=_supervise, takes_folder=True)
 
-    verb = verbs.add_parser("info", help="say what the bundle is and what this machine is")
+
+def _add_info(verb: argparse.ArgumentParser) -> None:
     verb.set_defaults(call=_info)
     _json_option(verb)
-    return parser
 
 
 def _json_option(verb: argparse.ArgumentParser) -> None:
@@ -149,6 +178,9 @@ def _json_option(verb: argparse.ArgumentParser) -> None:
 
 
 def _home_options(verb: argparse.ArgumentParser, *, service: bool = True) -> None:
+    from . import releases
+    from . import service as service_module
+
     text = f"folder of the releases (default: {releases.default_home()})"
     verb.add_argument("--home", type=Path, default=releases.default_home(), metavar="DIR", help=text)
     if service:
@@ -157,6 +189,8 @@ def _home_options(verb: argparse.ArgumentParser, *, service: bool = True) -> Non
 
 
 def _signer_options(verb: argparse.ArgumentParser) -> None:
+    from . import signature
+
     where = signature.MACHINE_POLICY
     text = (
         f"require a signature of one whom this file names, as in ssh-keygen(1) (default: {where}, where there is one)"
@@ -176,30 +210,43 @@ def _print_json(record: dict[str, Any]) -> None:
 
 
 def _serve(bundle: files.Bundle, options: argparse.Namespace) -> int:
+    from . import serve
+
     serve.run(bundle, host=options.host, port=options.port, key_file=options.api_key_file, say=_say)
     return 0
 
 
 def _smoke(bundle: files.Bundle, options: argparse.Namespace) -> int:
+    from . import smoke
+
     return _show_checks(smoke.run(bundle, _say), options.json)
 
 
 def _verify(root: Path, options: argparse.Namespace) -> int:
+    from . import signature, verify
+
     required = signature.policy(options.allowed_signers, options.signer)
     return _show_checks(verify.run(root, _say, required=required), options.json)
 
 
 def _unpack(root: Path, options: argparse.Namespace) -> int:
+    from . import signature, unpack
+
     required = signature.policy(options.allowed_signers, options.signer)
     print(unpack.run(options.archive, options.into, required=required, say=_say))
     return 0
 
 
-def _service(options: argparse.Namespace) -> service_module.Service:
+def _service(options: argparse.Namespace) -> "Service":
+    from . import releases
+    from . import service as service_module
+
     return service_module.find(releases.Home(options.home.absolute()), options.service)
 
 
 def _install(root: Path, options: argparse.Namespace) -> int:
+    from . import install, signature
+
     changes = {name: value for name in ("host", "port") if (value := getattr(options, name)) is not None}
     if options.api_key_file is not None:
         changes["api_key_file"] = str(options.api_key_file.absolute())
@@ -214,6 +261,8 @@ def _install(root: Path, options: argparse.Namespace) -> int:
 
 
 def _rollback(root: Path, options: argparse.Namespace) -> int:
+    from . import install
+
     return _show_release(install.rollback(_service(options), say=_say), options.json)
 
 
@@ -227,6 +276,8 @@ def _show_release(record: dict[str, Any], as_json: bool) -> int:
 
 
 def _status(root: Path, options: argparse.Namespace) -> int:
+    from . import install
+
     record = install.status(_service(options))
     if options.json:
         _print_json(record)
@@ -241,6 +292,8 @@ def _status(root: Path, options: argparse.Namespace) -> int:
 
 
 def _gc(root: Path, options: argparse.Namespace) -> int:
+    from . import install, releases
+
     removed = install.gc(releases.Home(options.home.absolute()), say=_say)
     if options.json:
         _print_json({"schema_version": 1, "removed": removed})
@@ -250,11 +303,15 @@ def _gc(root: Path, options: argparse.Namespace) -> int:
 
 
 def _uninstall(root: Path, options: argparse.Namespace) -> int:
+    from . import install
+
     install.uninstall(_service(options), say=_say)
     return 0
 
 
 def _supervise(root: Path, options: argparse.Namespace) -> int:
+    from . import releases, supervise
+
     supervise.run(releases.Home(options.home.absolute()), _say)
     return 0
 
@@ -272,6 +329,8 @@ def _show_checks(report: dict[str, Any], as_json: bool) -> int:
 
 
 def _doctor(bundle: files.Bundle, options: argparse.Namespace) -> int:
+    from . import doctor
+
     findings = doctor.examine(bundle)
     if options.json:
         _print_json(doctor.report(bundle.id, findings))
@@ -281,6 +340,8 @@ def _doctor(bundle: files.Bundle, options: argparse.Namespace) -> int:
 
 
 def _bench(bundle: files.Bundle, options: argparse.Namespace) -> int:
+    from . import bench
+
     asked = bench.Options(
         repetitions=options.repetitions,
         cold_starts=options.cold_starts,
@@ -315,6 +376,8 @@ _GATE_CODES = {"passed": 0, "failed": 5, "inconclusive": 6}
 
 
 def _gate(bundle: files.Bundle, options: argparse.Namespace) -> int:
+    from . import gate
+
     report = gate.judge(bundle, gate.read_record(options.record))
     if options.json:
         _print_json(report)
@@ -324,6 +387,8 @@ def _gate(bundle: files.Bundle, options: argparse.Namespace) -> int:
 
 
 def _info(bundle: files.Bundle, options: argparse.Namespace) -> int:
+    from . import probe, serve
+
     record = {"bundle": bundle.manifest, "device": probe.probe(), "threads": serve.threads(bundle)}
     if options.json:
         _print_json(record)
@@ -342,3 +407,21 @@ def _info(bundle: files.Bundle, options: argparse.Namespace) -> int:
     for key, value in rows.items():
         print(f"{key:<{width}}  {value}")
     return 0
+
+
+_VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
+    "serve": ("run the OpenAI-compatible server until Ctrl-C or SIGTERM", _add_serve),
+    "smoke": ("check that the bundle works on this machine", _add_smoke),
+    "bench": ("measure speed, cold start and memory", _add_bench),
+    "gate": ("hold a benchmark record to the bundle's budgets", _add_gate),
+    "verify": ("check signature, every file and what the machine offers", _add_verify),
+    "doctor": ("is this machine fit for the bundle right now, and in which state", _add_doctor),
+    "unpack": ("unpack another bundle's archive, once it is found whole", _add_unpack),
+    "install": ("put a bundle in service: stage, swap, start, try, keep or go back", _add_install),
+    "rollback": ("serve the release that was good before this one", _add_rollback),
+    "status": ("say what is installed and what is served", _add_status),
+    "gc": ("remove releases that are neither served nor needed for a rollback", _add_gc),
+    "uninstall": ("stop the service and remove every release", _add_uninstall),
+    "supervise": ("what the service runs: serve the release that is to be served", _add_supervise),
+    "info": ("say what the bundle is and what this machine is", _add_info),
+}

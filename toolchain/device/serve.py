@@ -18,7 +18,6 @@ from types import TracebackType
 from typing import Any
 
 from . import probe
-from .client import Client
 from .errors import BusyError, DeviceError, UsageError
 from .files import Bundle, sha256
 
@@ -64,6 +63,9 @@ class Server:
 
     def wait_ready(self, timeout_s: float) -> float:
         """Poll /health until it is 200; seconds since the spawn. Raises DeviceError when the server ends or is late."""
+        # Python's HTTP takes as long to load as the server does to listen: it is not waited for before the spawn.
+        from .client import Client
+
         client = Client(local_address(self.host), self.port, timeout_s=timeout_s)
         while True:
             if self._child.poll() is not None:
@@ -375,6 +377,8 @@ def run(bundle: Bundle, *, host: str, port: int, key_file: Path | None, say: Cal
 
 def require_model(bundle: Bundle, server: Server, keys: Sequence[str]) -> None:
     """The server has this bundle's model, and the file's bytes are those that were built. Raises DeviceError."""
+    from .client import Client
+
     client = Client(local_address(server.host), server.port, keys[0] if keys else None)
     try:
         path = Path(client.get("/props")["model_path"])
