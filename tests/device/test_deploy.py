@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.device import bundles, test_install
+from tests.device.test_bundle_served import _PYTHON
 from toolchain.bundle import deploy
 from toolchain.device import files, releases, serve
 from toolchain.errors import RecipeError
@@ -106,9 +107,9 @@ def _keygen(path: Path) -> str:
 
 @pytest.fixture
 def site(made: dict[str, Path], tmp_path: Path) -> Iterator[Site]:
-    for program in (str(_SSHD), "rsync", "ssh"):
-        if shutil.which(program) is None:
-            pytest.skip(f"no {program}: apt-get install openssh-server openssh-client rsync")
+    missing = [program for program in (str(_SSHD), "rsync", "ssh") if shutil.which(program) is None]
+    if missing:
+        pytest.skip(f"no {', '.join(missing)}: apt-get install openssh-server openssh-client rsync")
     root, port = tmp_path / "site", serve.free_port()
     root.mkdir()
     for address in (_FIRST, _SECOND):
@@ -258,7 +259,7 @@ def test_a_device_without_rsync_or_python_is_refused_before_anything_is_copied(s
     found = site.deploy(_FIRST, site.made["1"], code=1).of[_FIRST]
     assert found["outcome"] == "refused"
     assert found["reason"].startswith("no python3 there: ")
-    (programs / "python3").symlink_to(test_install._PYTHON)
+    (programs / "python3").symlink_to(_PYTHON)
     found = site.deploy(_FIRST, site.made["1"], code=1).of[_FIRST]
     assert (found["outcome"], found["reason"]) == ("refused", "no rsync there")
     assert list(site.home(_FIRST).iterdir()) == []
@@ -271,6 +272,29 @@ def test_what_the_device_requires_is_asked_for_by_path(site: Site) -> None:
     assert found["outcome"] == "refused"
     assert "signature: " in found["reason"]
     assert not (site.home(_FIRST) / "models" / "current").exists()
+
+
+def test_a_full_disk_there_is_told_as_that(site: Site) -> None:
+    home = site.home(_FIRST)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(home)], check=True)
+    try:
+        found = site.deploy(_FIRST, site.made["1"], code=1).of[_FIRST]
+    finally:
+        subprocess.run(["umount", "--lazy", str(home)], check=True)
+    assert (found["outcome"], found["reason"]) == ("failed", "while copying: its disk is full")
+
+
+def test_as_root_it_installs_by_sudo(site: Site, devices: Devices) -> None:
+    if subprocess.run(["sudo", "-n", "true"], check=False, capture_output=True).returncode != 0:
+        pytest.skip("no sudo that asks for no password: apt-get install sudo, as root")
+    device = devices[0]
+    # sudo goes by the user's entry in passwd: the login folder of these devices is not that of theirs.
+    places = ["--home", str(device.root), "--staging", str(site.root / "staging")]
+    found = site.deploy(_FIRST, site.made["1"], "--sudo", "--port", str(device.port), *places).of[_FIRST]
+    assert (found["outcome"], device.serves()) == ("installed", "1")
+    environment = Path(f"/proc/{device.supervisor}/environ").read_bytes().split(b"\0")
+    assert any(line.startswith(b"SUDO_COMMAND=") and b"install --json" in line for line in environment)
+    assert list((site.root / "staging").iterdir()) == []
 
 
 def _partial(site: Site, address: str, at_least: int) -> bool:
@@ -349,8 +373,8 @@ def test_a_bundle_that_is_not_whole_here_goes_nowhere(site: Site, tmp_path: Path
 
 @pytest.mark.parametrize(
     "name",
-    ["", "a,,b", "a,", "-oProxyCommand=x", "me@-oProxyCommand=x", "-me@host", "a b", "a;b", "$(a)", "a:22", "a/b", "@a", "me@"]
-    + ["a\n", "..", "."],
+    ["", "a,,b", "a,", "-oProxyCommand=x", "me@-oProxyCommand=x", "-me@host", "a b", "a;b", "$(a)", "a:22", "a/b", "@a",
+     "me@", "a\n", "..", "."],
 )  # fmt: skip
 def test_a_name_that_ssh_or_a_shell_could_misread_is_refused(name: str) -> None:
     with pytest.raises(RecipeError):

@@ -304,21 +304,18 @@ class _Deployment:
     def _rsync_argv(self) -> list[str]:
         """Content decides what is sent, by --checksum: a model that was packed, unpacked, linked or built again keeps
         its bytes and no time, and a small file can change within a second and keep its size. Releases that are there
-        give what has not changed, as links, or what resembles it.
+        give what has not changed, as links, or what resembles it: a model's name has the version in it.
         """
+        # A second --fuzzy means: in those releases as well. It must come to the rsync there by --protect-args' way, or
+        # it is heard before --link-dest is, and forgotten.
         device, incoming = self.result.device, self._incoming
         user, _, host = device.rpartition("@")
         place = f"{user + '@' if user else ''}{f'[{host}]' if ':' in host else host}:{incoming}/"
         limit = [f"--bwlimit={self.options.bwlimit}"] if self.options.bwlimit else []
         return [
             *("rsync", "--recursive", "--perms", "--chmod=Du=rwx,Dgo=rx,Fu=rwX,Fgo=rX", "--checksum", "--partial"),
-            *(
-                "--delete",
-                "--protect-args",
-                "--fuzzy",
-                "--fuzzy",
-                *(f"--link-dest={copy}" for copy in self.found["copies"]),
-            ),
+            *("--delete", "--protect-args", "--fuzzy", "--remote-option=--fuzzy"),
+            *(f"--link-dest={copy}" for copy in self.found["copies"]),
             *("--info=progress2", "--stats", "--no-human-readable", *limit),
             f"--rsync-path=mkdir -p {shlex.quote(incoming)} && rsync",
             f"--rsh={shlex.join(self._ssh_argv())}",
