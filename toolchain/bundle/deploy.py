@@ -280,13 +280,14 @@ class _Deployment:
     def _copy(self) -> None:
         """Send what is not there yet, neither in a copy that was broken off nor in a release."""
         self.result.step = "copying"
-        said = -10
+        self._say("copying what is not there")
+        said = 0
 
         def on_line(line: str) -> None:
             nonlocal said
             if (percent := _PERCENT.match(line)) and int(percent[1]) >= said + 10:
                 said = int(percent[1])
-                self._say(f"copying: {said} %")
+                self._say(f"copied: {said} %")
 
         try:
             lines = self._run(self._rsync_argv(), on_line=on_line)
