@@ -8,7 +8,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -127,9 +127,11 @@ class Fleet:
 
     def run(self) -> None:
         """Deploy to all; when this is interrupted, end what was started here and raise again."""
+        tasks: list[Future[None]] = []
         with ThreadPoolExecutor(max_workers=self._jobs) as pool:
             try:
-                tasks = [pool.submit(self._one(result).run) for result in self.results]
+                for result in self.results:
+                    tasks.append(pool.submit(self._one(result).run))
                 wait(tasks)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
