@@ -308,6 +308,52 @@ def verify(bundle: Path, allowed_signers: Path | None, signer: str | None, as_js
         sys.exit(1)
 
 
+@cli.command()
+@click.argument("devices", metavar="USER@HOST[,USER@HOST…]")
+@bundle_argument
+@click.option("--home", metavar="DIR", help="Folder of the releases there. Default: edgectl's own.")
+@click.option("--service", type=click.Choice(["systemd", "process"]), help="What keeps the server running there.")
+@click.option("--host", metavar="ADDRESS", help="Address to listen on there. Default: as before.")
+@click.option("--port", type=int, help="Port to listen on there. Default: as before.")
+@click.option("--api-key-file", metavar="F", help="A file on the device with the keys that are let in.")
+@click.option("--allowed-signers", metavar="F", help="A file on the device: require a signature of one it names.")
+@click.option("--signer", metavar="ID", help="Require the signature of this one of them.")
+@click.option("--sudo", is_flag=True, help="Install as root, by `sudo -n`, which asks for no password.")
+@click.option("--bench", is_flag=True, help="Measure each device once it serves; takes minutes.")
+@click.option("--jobs", type=click.IntRange(min=1), default=4, show_default=True, help="Devices at a time.")
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for the records of each device. Default: deploy/ and the bundle's id.",
+)  # fmt: skip
+@click.option("-o", "--ssh-option", "ssh_options", multiple=True, metavar="KEY=VALUE",
+    help="An option of ssh_config(5), such as Port=2222 or IdentityFile=key; repeatable.",
+)  # fmt: skip
+@click.option("--staging", metavar="DIR", help="Folder there to copy into first. Default: .cache/edgectl/incoming.")
+@click.option("--bwlimit", metavar="RATE", help="Send no faster to each device: KiB/s, or as 1.5m; rsync(1).")
+@json_option
+@quiet_option
+def deploy(
+    devices: str, bundle: Path, jobs: int, out: Path | None, as_json: bool, quiet: bool, staging: str | None,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Put a bundle in service on devices, by ssh and rsync: copy what is not there, install, try, keep or go back.
+
+    Exit 1 when one of them is not well; the others are deployed all the same.
+    """
+    from toolchain.bundle import deploy as stage
+    from toolchain.terminal import Terminal
+
+    asked = stage.Options(staging=staging or stage.STAGING, **options)
+    with Terminal(quiet=quiet) as terminal:
+        fleet = stage.Fleet(devices, bundle, options=asked, jobs=jobs, out=out, say=terminal.say)
+        try:
+            fleet.run()
+        finally:
+            click.echo(json.dumps(fleet.report(), indent=2, ensure_ascii=False) if as_json else fleet.table())
+    if not fleet.well:
+        sys.exit(1)
+
+
 @cli.command("report")
 @recipe_argument
 @work_option

@@ -36,6 +36,11 @@ class ArtifactError(ToolchainError):
 class ExternalToolError(ToolchainError):
     """A program outside Python that failed or is missing."""
 
+    def __init__(self, message: str, *, hint: str | None = None, returned: int | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.returned = returned
+        """Its exit code, or minus the signal that ended it; None when it was not started."""
+
 
 class HostError(ToolchainError):
     """The machine lacks something: disk, memory, a package, a compiler, a free port."""

@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -31,11 +32,13 @@ def run(
     on_line: Callable[[str], None] | None = None,
     stdout: Path | None = None,
     hint: str | None = None,
+    group: "Group | None" = None,
 ) -> None:
     """Run a program to its end; stdout and stderr together go to `log`, line by line to `on_line`.
 
-    With `stdout`, what the program prints there goes to that file, and only stderr to the log. Raises
-    ExternalToolError when it is missing, fails or is killed, and HostError when the disk is full.
+    With `stdout`, what the program prints there goes to that file, and only stderr to the log. With `group`, another
+    thread can end it. Raises ExternalToolError when it is missing, fails or is killed, and HostError when the disk is
+    full.
     """
     name = Path(argv[0]).name
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -62,6 +65,8 @@ def run(
         except OSError as error:
             raise ExternalToolError(f"cannot start {argv[0]}: {error.strerror}", hint=hint) from error
         try:
+            if group is not None:
+                group.add(child)
             lines = child.stdout if result is None else child.stderr
             assert lines is not None
             for line in lines:
@@ -76,17 +81,22 @@ def run(
             stop(child)
             raise
         finally:
-            if child.stdout is not None:
-                child.stdout.close()
+            if group is not None:
+                group.remove(child)
+            for pipe in (child.stdout, child.stderr):
+                if pipe is not None:
+                    pipe.close()
     if disk_full:
         hint = f"free some space, then run again; full output: {log}"
         raise HostError(f"{name}: no space left on the disk", hint=hint)
     if code < 0:
         name_of_signal = signal.Signals(-code).name
         more = " (often: out of memory)" if -code == signal.SIGKILL else ""
-        raise ExternalToolError(f"{name} was killed by {name_of_signal}{more}", hint=hint or f"full output: {log}")
+        message = f"{name} was killed by {name_of_signal}{more}"
+        raise ExternalToolError(message, hint=hint or f"full output: {log}", returned=code)
     if code > 0:
-        raise ExternalToolError(f"{name} exited with {code}: {last[:400]}", hint=hint or f"full output: {log}")
+        message = f"{name} exited with {code}: {last[:400]}"
+        raise ExternalToolError(message, hint=hint or f"full output: {log}", returned=code)
 
 
 def stop(child: "subprocess.Popen[str]") -> None:
@@ -98,3 +108,32 @@ def stop(child: "subprocess.Popen[str]") -> None:
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
+
+
+class Group:
+    """Programs that run in several threads, all of which one thread can end; none starts after that."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: set[subprocess.Popen[str]] = set()
+        self.stopped = False
+
+    def add(self, child: "subprocess.Popen[str]") -> None:
+        with self._lock:
+            self._running.add(child)
+            if self.stopped:
+                child.terminate()
+
+    def remove(self, child: "subprocess.Popen[str]") -> None:
+        with self._lock:
+            self._running.discard(child)
+
+    def stop(self) -> None:
+        """End all of them: first every one is asked, then made to."""
+        with self._lock:
+            self.stopped = True
+            running = list(self._running)
+            for child in running:
+                child.terminate()
+        for child in running:
+            stop(child)
