@@ -347,6 +347,18 @@ def test_a_port_that_is_taken_is_said_before_anything_is_changed(device: Device)
     assert device.status()["current"] is None
 
 
+def test_a_release_that_is_damaged_is_not_installed_from_itself(device: Device) -> None:
+    device.install("1")
+    card = device.release("1") / "MODEL_CARD.md"
+    card.write_bytes(card.read_bytes().swapcase())
+    argv = [_PYTHON, "-I", "-S", str(device.release("1") / "edgectl"), "install", *device.options("install")]
+    result = subprocess.run(argv, capture_output=True, text=True, check=False, env=_ENVIRONMENT)
+    assert result.returncode == 1
+    assert "MODEL_CARD.md: changed" in result.stderr
+    assert device.release("1").is_dir()
+    assert device.serves() == "1"
+
+
 def test_another_port_for_the_same_release_is_taken_up(device: Device) -> None:
     device.install("1")
     device.port = serve.free_port()

@@ -138,6 +138,10 @@ def _stage(source: Path, home: Home, required: signature.Policy | None, say: Say
     if found:
         raise DeviceError(f"{source} is not as it was built: {'; '.join(found)}", hint="copy the bundle again")
     release = release_name(bundle.manifest)
+    if source.resolve() == home.folder(release).resolve():
+        if damaged := files.problems(bundle):
+            raise DeviceError(f"{release} is damaged: {damaged[0]}", hint="install it from a whole copy")
+        return release
     if _is_whole(home, release, say):
         return release
     place.check_room(home.releases, bundle.manifest)

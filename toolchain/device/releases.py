@@ -33,10 +33,13 @@ _LOCK_WAIT_S = 10.0
 _RELEASE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*-[0-9a-f]{12}", re.ASCII)
 
 
+SYSTEM_HOME = Path("/var/lib/edgectl")
+
+
 def default_home() -> Path:
-    """/var/lib/edgectl for root, else a folder of the user's own."""
+    """The system's for root, else a folder of the user's own."""
     if os.geteuid() == 0:
-        return Path("/var/lib/edgectl")
+        return SYSTEM_HOME
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "edgectl"
 
 

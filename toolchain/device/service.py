@@ -13,7 +13,7 @@ from typing import Any
 
 from . import files, place, supervise
 from .errors import DeviceError, UsageError
-from .releases import Home, Settings
+from .releases import SYSTEM_HOME, Home, Settings
 from .serve import check_listen
 
 UNITS = Path("/etc/systemd/system")
@@ -33,9 +33,8 @@ class Service:
     @property
     def name(self) -> str:
         """The unit's: "edgectl" for the usual home, and of another one its path as well."""
-        usual = Path("/var/lib/edgectl")
         root = self.home.root
-        if root == usual:
+        if root == SYSTEM_HOME:
             return "edgectl"
         return "edgectl-" + "".join(letter if letter.isalnum() else "-" for letter in str(root).strip("/"))
 
