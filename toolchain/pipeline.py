@@ -814,7 +814,7 @@ STAGES: tuple[Stage, ...] = (
         },
         per_target=True,
         uses_llama_cpp=lambda _: True,
-        version=2,
+        version=3,
     ),
     Stage(
         "smoke",
