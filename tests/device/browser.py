@@ -16,7 +16,7 @@ from toolchain.device import serve
 
 _ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 """Key of an element's reference, by the standard: https://www.w3.org/TR/webdriver2/#elements"""
-ENTER, ESCAPE, SHIFT, TAB, RELEASE = "\ue007", "\ue00c", "\ue008", "\ue004", "\ue000"
+ENTER, ESCAPE, SHIFT, TAB, CONTROL = "\ue007", "\ue00c", "\ue008", "\ue004", "\ue009"
 _WAIT_S = 60.0
 
 
@@ -37,7 +37,7 @@ class Browser:
         self._call("POST", f"/element/{self._find(selector)}/value", {"text": text})
 
     def press(self, *keys: str) -> None:
-        """Keys one after the other, for whatever has the focus; SHIFT holds until the end."""
+        """Keys one after the other, for whatever has the focus; all are held until the end."""
         actions = [{"type": "keyDown", "value": key} for key in keys]
         actions += [{"type": "keyUp", "value": key} for key in keys]
         self._call("POST", "/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": actions}]})
