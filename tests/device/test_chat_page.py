@@ -428,6 +428,12 @@ def test_it_fits_a_phone_and_the_dark(bundle: Path, page: Browser) -> None:
             page.click("#options")
             ask(page, "x" * 300)
             assert page.run("return [document.documentElement.scrollWidth, innerWidth]") == [360, 360]
+            places = "return ['header', '#settings', '#chat', 'footer'].map((n) => document.querySelector(n)).flatMap("
+            edges = page.run(places + "(e) => [e.getBoundingClientRect().top, e.getBoundingClientRect().bottom])")
+            assert [round(edge) for edge in edges] == [round(edge) for edge in sorted(edges)]
+            assert round(edges[4]) < round(edges[5])
+            assert round(edges[-1]) == 640
+            assert page.run("return document.getElementById('model').getBoundingClientRect().height") < 40
             colours = "return ['color', 'backgroundColor'].map((n) => getComputedStyle(document.body)[n])"
             light = page.run(colours)
             dark = {"name": "prefers-color-scheme", "value": "dark"}
