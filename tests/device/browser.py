@@ -17,7 +17,8 @@ from toolchain.device import serve
 _ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 """Key of an element's reference, by the standard: https://www.w3.org/TR/webdriver2/#elements"""
 ENTER, ESCAPE, SHIFT, TAB, CONTROL = "\ue007", "\ue00c", "\ue008", "\ue004", "\ue009"
-_WAIT_S = 60.0
+_WAIT_S = 180.0
+"""Far above what anything takes, for a busy machine."""
 
 
 class Browser:
