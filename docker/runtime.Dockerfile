@@ -26,6 +26,7 @@ COPY ${BUNDLE}/runtime /bundle/runtime
 COPY ${BUNDLE}/device /bundle/device
 COPY ${BUNDLE}/LICENSES /bundle/LICENSES
 COPY ${BUNDLE}/edgectl /bundle/edgectl
+COPY ${BUNDLE}/web /bundle/web
 COPY ${BUNDLE}/model /bundle/model
 COPY ${BUNDLE}/eval /bundle/eval
 COPY ${BUNDLE}/manifest.json ${BUNDLE}/SHA256SUMS* ${BUNDLE}/sbom.cdx.json ${BUNDLE}/MODEL_CARD.md ${BUNDLE}/Modelfile ${BUNDLE}/presets.json /bundle/

@@ -104,12 +104,23 @@ def maker(llama: LlamaCpp, model: Path, tmp_path: Path) -> Make:
     return bundle
 
 
-def around(llama: LlamaCpp, for_target: TargetProfile, out: Path) -> Path:
-    """A bundle of the tiny chat model, in `out`, with the programs that were built for a target."""
+def around(
+    llama: LlamaCpp,
+    for_target: TargetProfile,
+    out: Path,
+    *,
+    system: str | None = None,
+    context: int = tiny_chat.CONTEXT,
+    **model: Any,
+) -> Path:
+    """A bundle of the tiny chat model, in `out`, with the programs that were built for a target.
+
+    `model`: what is to be other than usual in it.
+    """
     facts = build.run(
-        build.BundleSettings(name="tiny", version="1.0", context=tiny_chat.CONTEXT),
+        build.BundleSettings(name="tiny", version="1.0", context=context, system=system),
         target=for_target,
-        gguf=tiny_chat.write_gguf(out / "model.gguf"),
+        gguf=tiny_chat.write_gguf(out / "model.gguf", context=context, **model),
         quantize_facts={},
         ledger=None,
         golden=tiny_chat.golden(),

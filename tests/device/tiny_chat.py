@@ -4,6 +4,7 @@ Attention and feed-forward weights are zero, so the next token follows from the 
 vectors, and the output row of a token is the sum of the unit vectors of the tokens it follows.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,10 @@ def _byte_letters() -> list[str]:
     return [letters[byte] for byte in range(256)]
 
 
-def token_id(token: str) -> int:
-    """Id of a special token or of a character with one byte: the byte itself."""
-    return 256 + _SPECIAL.index(token) if token in _SPECIAL else ord(token)
+def token_id(token: str, more: Sequence[str] = ()) -> int:
+    """Id of a special token, of one of the `more` that a model has, or of an ASCII character: the byte itself."""
+    named = [*_SPECIAL, *more]
+    return 256 + named.index(token) if token in named else ord(token)
 
 
 def golden() -> list[dict[str, Any]]:
@@ -43,22 +45,39 @@ def golden() -> list[dict[str, Any]]:
     return prompts
 
 
-def write_gguf(path: Path, *, eos: str = "<|fin|>") -> Path:
-    """Write the model; with another `eos` than "<|fin|>" its answers do not end."""
-    letters = [*_byte_letters(), *_SPECIAL]
+def write_gguf(
+    path: Path,
+    *,
+    eos: str = "<|fin|>",
+    answer: Sequence[str] = ANSWER,
+    template: str = CHAT_TEMPLATE,
+    context: int = CONTEXT,
+) -> Path:
+    """Write the model; with another `eos` than "<|fin|>" its answers do not end.
+
+    The `answer` consists of different pieces, each a token: an ASCII character or any longer text.
+    """
+    assert len(set(answer)) == len(answer)
+    more = [piece for piece in answer if len(piece.encode()) > 1]
+    bytes_as_letters = _byte_letters()
+    letters = [
+        *bytes_as_letters,
+        *_SPECIAL,
+        *("".join(bytes_as_letters[byte] for byte in text.encode()) for text in more),
+    ]
     size = len(letters)
     follows = {current: "abcdefghijklmnopqrstuvwxyz"[current % 26] for current in range(size)}
-    for character, following in zip("\n" + ANSWER, [*ANSWER, "<|fin|>"], strict=True):
-        follows[token_id(character)] = following
+    for piece, following in zip(["\n", *answer], [*answer, "<|fin|>"], strict=True):
+        follows[token_id(piece, more)] = following
     embeddings = np.eye(size, _WIDTH, dtype=np.float32)
     output = np.zeros((size, _WIDTH), dtype=np.float32)
     for current, after in follows.items():
-        output[token_id(after), current] = 1.0
+        output[token_id(after, more), current] = 1.0
 
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny chat")
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-    writer.add_context_length(CONTEXT)
+    writer.add_context_length(context)
     writer.add_embedding_length(_WIDTH)
     writer.add_block_count(1)
     writer.add_feed_forward_length(32)
@@ -69,12 +88,13 @@ def write_gguf(path: Path, *, eos: str = "<|fin|>") -> Path:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(letters)
-    writer.add_token_types([gguf.TokenType.NORMAL] * 256 + [gguf.TokenType.CONTROL] * len(_SPECIAL))
+    kinds = [gguf.TokenType.NORMAL] * 256 + [gguf.TokenType.CONTROL] * len(_SPECIAL)
+    writer.add_token_types(kinds + [gguf.TokenType.NORMAL] * len(more))
     writer.add_token_merges(["Ā ā"])  # required, and of two bytes that no text here has
     writer.add_bos_token_id(token_id("<|turn|>"))
     writer.add_eos_token_id(token_id(eos))
     writer.add_add_bos_token(False)
-    writer.add_chat_template(CHAT_TEMPLATE)
+    writer.add_chat_template(template)
     writer.add_tensor("token_embd.weight", embeddings)
     writer.add_tensor("output.weight", output)
     writer.add_tensor("output_norm.weight", np.ones(_WIDTH, dtype=np.float32))

@@ -93,6 +93,7 @@ def run(
         _write_json(folder / layout.PRESETS, presets)
         _write_json(folder / layout.GOLDEN, golden)
         _copy_device(folder)
+        _write_web(folder / command.WEB, settings)
         _write(folder / "Modelfile", _modelfile(facts, settings, model))
         _write_licences(folder / "LICENSES", llama)
         description: dict[str, Any] = {
@@ -330,6 +331,12 @@ def _copy_device(folder: Path) -> None:
         entry = source.name == _ENTRY
         destination = folder / "edgectl" if entry else folder / "device" / source.name
         _write(destination, source.read_text(encoding="utf-8"), _PROGRAM_MODE if entry else _FILE_MODE)
+
+
+def _write_web(folder: Path, settings: BundleSettings) -> None:
+    """The chat page, and beside it the system message: unlike the page, that one is shown only to who has the key."""
+    _write(folder / "index.html", (_DEVICE / "web" / "index.html").read_text(encoding="utf-8"))
+    _write(folder / "system.txt", settings.system or "")
 
 
 def _write_licences(folder: Path, llama: "LlamaCpp") -> None:

@@ -16,7 +16,10 @@ def render(description: dict[str, Any]) -> str:
     if fallbacks:
         parts.append(f"{len(fallbacks)} tensors could not have the type asked for; manifest.json names what they got.")
     parts.append("## Use\n\n    ./edgectl verify\n    ./edgectl smoke\n    ./edgectl serve --port 8080")
-    parts.append("Then `http://127.0.0.1:8080/v1` speaks the OpenAI API. Needs Python 3.10 or newer and no packages.")
+    parts.append(
+        "Then `http://127.0.0.1:8080` is a page to chat on, and `http://127.0.0.1:8080/v1` speaks the OpenAI API. "
+        "Needs Python 3.10 or newer and no packages."
+    )
     lineage = "\n".join(f"- {name}: `{digest}`" for name, digest in description["lineage"].items())
     parts.append(f"## Made from\n\n{lineage or 'Nothing recorded.'}")
     parts.append(

@@ -8,6 +8,8 @@ from typing import Any
 
 from toolchain.target import TargetProfile
 
+WEB = "web"
+"""Folder of the chat page in a bundle: all that is in it is served."""
 PROGRAMS = "runtime/bin"
 """Folder of programs, libraries and backends in a bundle: one, since ggml looks for backends beside the program."""
 
@@ -32,7 +34,8 @@ def server_argv(target: TargetProfile, *, model: str, alias: str, context: int) 
         *("--cors-origins", "localhost"),
         *("--log-colors", "off"),
         "--jinja",
-        "--no-ui",
+        # Our chat page, since the build has none of llama.cpp's. "/" is what the server shows without the key as well.
+        *("--path", f"{{bundle}}/{WEB}"),
         "--no-slots",  # it would show one client's prompt to another
         "--metrics",
         "--offline",

@@ -94,9 +94,10 @@ class Client:
     def _send(
         self, connection: http.client.HTTPConnection, method: str, path: str, body: object, *, with_key: bool
     ) -> http.client.HTTPResponse:
-        headers = {"Content-Type": "application/json"}
+        headers: dict[str, str | bytes] = {"Content-Type": "application/json"}
         if self.key is not None and with_key:
-            headers["Authorization"] = f"Bearer {self.key}"
+            # The server compares bytes of UTF-8; http.client would send Latin-1.
+            headers["Authorization"] = f"Bearer {self.key}".encode()
         connection.request(method, path, None if body is None else json.dumps(body), headers)
         return connection.getresponse()
 

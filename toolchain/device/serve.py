@@ -365,7 +365,8 @@ def run(bundle: Bundle, *, host: str, port: int, key_file: Path | None, say: Cal
             seconds = server.wait_ready(ready_timeout_s(bundle))
             require_model(bundle, server, keys)
             shown = f"[{host}]" if ":" in host else host
-            say(f"ready after {seconds:.2f} s: http://{shown}:{port}/v1 serves {bundle.manifest['name']}")
+            url, name = f"http://{shown}:{port}", bundle.manifest["name"]
+            say(f"ready after {seconds:.2f} s: {name} on {url} (chat page) and {url}/v1 (API)")
             server.wait()
             ended = f"llama-server {server.ended()}: {server.last_error()}"
         wait_s = restarts.after(time.monotonic() - start_s)
