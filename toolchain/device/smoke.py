@@ -5,6 +5,7 @@ import json
 import re
 import secrets
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ _STREAMED_PROMPTS = 3
 _EOS_SHARE = 0.5
 _JSON_TOKENS = 64
 _CLEAN_STOP_S = 8.0
+_LOG_WAIT_S = 5.0
 _TRACE = ("--verbosity", "4")  # the server then says which backend holds which buffer
 
 
@@ -111,11 +113,9 @@ def _checked(name: str, function: Callable[[], tuple[bool, str]]) -> Check:
 def _backend(bundle: files.Bundle, server: Server) -> tuple[bool, str]:
     """The backend that holds most of the weights, and the library that was loaded for it."""
     expected = str(bundle.manifest["runtime"]["backend"])
-    held: dict[str, float] = {}
-    for line in list(server.log):
-        match = re.search(r"(\S+)\s+model buffer size =\s*([0-9.]+) MiB", line)
-        if match:
-            held[match[1]] = held.get(match[1], 0.0) + float(match[2])
+    end_s = time.monotonic() + _LOG_WAIT_S
+    while not (held := _held(server)) and time.monotonic() < end_s:
+        time.sleep(0.05)  # on a busy machine the log is read later than the server answers
     libraries = [line.rsplit("/", 1)[-1] for line in server.log if re.search(r"loaded \S+ backend from ", line)]
     if not held:
         return False, "the server's log does not say where the weights are"
@@ -128,6 +128,16 @@ def _backend(bundle: files.Bundle, server: Server) -> tuple[bool, str]:
             right = right and match[1] == match[2]
             shown += f"; {match[1]} of {match[2]} layers on the GPU"
     return right, f"{shown}; {expected} is expected"
+
+
+def _held(server: Server) -> dict[str, float]:
+    """Buffer of weights → MiB, as far as the log has been read."""
+    held: dict[str, float] = {}
+    for line in list(server.log):
+        match = re.search(r"(\S+)\s+model buffer size =\s*([0-9.]+) MiB", line)
+        if match:
+            held[match[1]] = held.get(match[1], 0.0) + float(match[2])
+    return held
 
 
 def _model_digest(bundle: files.Bundle, client: Client) -> tuple[bool, str]:
