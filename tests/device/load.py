@@ -35,7 +35,7 @@ class Sample:
     wrong: str | None
 
 
-def body(words: str = "", **options: object) -> dict[str, Any]:
+def body(words: str = "", **options: Any) -> dict[str, Any]:
     """A chat request; `words` are added to its prompt."""
     content = f"{MARKER}: does this work? {words}".strip()
     return {"messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": 50, **options}

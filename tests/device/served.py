@@ -1,6 +1,5 @@
 """`edgectl serve` as a process whose log goes to a file, and what it and its llama-server use."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -48,7 +47,7 @@ class Served:
             lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
             found["rss_kib"] += int(lines["VmRSS"].split()[0])
             found["threads"] += int(lines["Threads"])
-            found["descriptors"] += len(os.listdir(f"/proc/{pid}/fd"))
+            found["descriptors"] += sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
         return found
 
     def settled(self, threads: int, descriptors: int) -> dict[str, int]:

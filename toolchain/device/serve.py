@@ -312,15 +312,30 @@ def read_keys(key_file: Path | None) -> list[str]:
         key = os.environ.get(KEY_VARIABLE)
         if key is not None and not key.strip():
             raise UsageError(f"{KEY_VARIABLE} is set and empty", hint="unset it, or give it the key")
+        # llama-server would take the parts between commas for keys of their own.
+        if key is not None and ("," in key or not _can_be_sent(key)):
+            raise UsageError(f"{KEY_VARIABLE}: not one key", hint=f"{_KEY_FORM}, and no comma")
         return [] if key is None else [key]
     try:
-        lines = key_file.read_text(encoding="utf-8").splitlines()
+        lines = key_file.read_bytes().decode("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--api-key-file {key_file}: cannot be read: {error}") from None
     keys = [line for line in lines if line and not line.startswith("#")]
     if not keys:
         raise UsageError(f"--api-key-file {key_file}: holds no key", hint="one key on each line")
+    for number, line in enumerate(lines, 1):
+        # llama-server takes a line as it is, and would wait for a key that no client can send.
+        if line in keys and not _can_be_sent(line):
+            why = "ends as Windows ends lines" if line.endswith("\r") else "is no key"
+            raise UsageError(f"--api-key-file {key_file}: line {number} {why}", hint=_KEY_FORM)
     return keys
+
+
+_KEY_FORM = "a key is printable ASCII, without blanks before and after it"
+
+
+def _can_be_sent(key: str) -> bool:
+    return key.isascii() and key.isprintable() and key == key.strip()
 
 
 def die_with_parent() -> Callable[[], None]:
