@@ -69,7 +69,7 @@ def client(server: Served, timeout_s: float = 60) -> Client:
     return Client("127.0.0.1", server.port, KEY, timeout_s)
 
 
-def said(server: Served, timeout_s: float = 60, **options: object) -> str:
+def said(server: Served, timeout_s: float = 60, **options: Any) -> str:
     answer = client(server, timeout_s).post(CHAT, load.body(**options))
     return str(answer["choices"][0]["message"]["content"])
 
