@@ -391,7 +391,10 @@ def test_slow_and_silent_clients_do_not_hold_up_the_others(server: Served) -> No
     with connections(server, 8, post_head("Content-Length: 99999999")) as silent, connections(server, 8) as slow:
         for byte in post_head("Content-Length: 2")[:3]:
             for one in slow:
-                one.sendall(bytes([byte]))
+                with contextlib.suppress(
+                    ConnectionError
+                ):  # on a busy machine, where more than five seconds have passed
+                    one.sendall(bytes([byte]))
             assert said(server) == tiny_chat.ANSWER
             time.sleep(1)
         assert len(silent) == 8
