@@ -335,7 +335,7 @@ def test_a_disk_that_is_too_small_is_said_before_and_one_that_fills_up_keeps_not
     with pytest.raises(HostError, match="MiB free"):
         archive.pack(built, small_disk / "out.tar", report=Silent())
     # As if others had filled it in the meantime.
-    monkeypatch.setattr(unpack, "_check_room", lambda head, into: None)
+    monkeypatch.setattr("toolchain.device.place.check_room", lambda head, into: None)
     with pytest.raises(DeviceError, match=r"no space left .* nothing was unpacked"):
         unpacked(packed, small_disk)
     monkeypatch.setattr(archive, "require_free", lambda folder, size, what: None)

@@ -20,6 +20,7 @@ import pytest
 from tests.device import bundles, tiny_chat
 from toolchain.bundle import build
 from toolchain.device import files, serve
+from toolchain.device.errors import BusyError
 from toolchain.errors import HostError
 from toolchain.gguf import llama_cpp
 from toolchain.reporter import Silent
@@ -120,7 +121,7 @@ def test_a_copied_bundle_passes_every_smoke_check(bundle: Path) -> None:
     result = edgectl(bundle, "smoke", "--json")
     found = checks(result)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert len(found) == 16
+    assert len(found) == 17
     assert all(ok for ok, _ in found.values())
     assert found["server ready"][1].startswith(("refused → 503 → 200", "503 → 200", "refused → 200"))
     assert "libggml-cpu-" in found["backend"][1]
@@ -223,20 +224,29 @@ def test_killing_edgectl_leaves_no_server(bundle: Path) -> None:
         assert gone_within(port, 10)
 
 
-def test_a_server_that_dies_ends_edgectl_with_an_error(bundle: Path) -> None:
-    with serving(bundle) as (child, _):
+def test_a_server_that_dies_is_started_again_with_a_line_that_says_why(bundle: Path) -> None:
+    with serving(bundle) as (child, port):
         (pid,) = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
         os.kill(int(pid), signal.SIGKILL)
-        _, errors = child.communicate(timeout=20)
-        assert child.returncode == 1
-        assert "error: llama-server was ended by SIGKILL (often: out of memory)" in errors
+        assert child.stderr is not None
+        said = []
+        for line in child.stderr:
+            said.append(line)
+            if line.startswith("ready after"):
+                break
+        (why,) = (line for line in said if "started again" in line)
+        assert why.startswith("llama-server was ended by SIGKILL (often: out of memory)")
+        assert why.endswith("started again in 0.5 s\n")
+        (now,) = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+        assert now != pid
+        assert answers(port)
 
 
 def test_a_port_in_use_is_one_clear_error_with_a_free_port(bundle: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         result = edgectl(bundle, "serve", "--port", str(port))
-    assert result.returncode == 1
+    assert result.returncode == BusyError.exit_code
     assert result.stderr.startswith(f"error: port {port} on 127.0.0.1 is in use\nhint: port ")
     assert result.stderr.count("\n") == 2
 

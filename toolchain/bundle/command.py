@@ -13,6 +13,9 @@ WEB = "web"
 PROGRAMS = "runtime/bin"
 """Folder of programs, libraries and backends in a bundle: one, since ggml looks for backends beside the program."""
 
+_SILENCE_S = 30
+"""So long a client may neither send nor take a byte; llama-server's own default is an hour."""
+
 
 def server_argv(target: TargetProfile, *, model: str, alias: str, context: int) -> list[str]:
     """llama-server for one model. `model` is its path inside the bundle, `context` the tokens of all slots together."""
@@ -33,6 +36,10 @@ def server_argv(target: TargetProfile, *, model: str, alias: str, context: int) 
         # A web page that is open on the device has no business with the model.
         *("--cors-origins", "localhost"),
         *("--log-colors", "off"),
+        # An answer ends where the context is full, also for a client that sets no limit.
+        "--no-context-shift",
+        # Of a client that sends half a request, or does not read its answer; it holds one of some thousand threads.
+        *("--timeout", str(_SILENCE_S)),
         "--jinja",
         # Our chat page, since the build has none of llama.cpp's. "/" is what the server shows without the key as well.
         *("--path", f"{{bundle}}/{WEB}"),

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -124,7 +124,7 @@ class Server:
     def _read_log(self) -> None:
         assert self._child.stdout is not None
         with self._child.stdout as lines:
-            for line in lines:
+            for line in discreet(lines):
                 self.log.append(line.rstrip("\n"))
                 if self._on_line is not None:
                     self._on_line(line.rstrip("\n"))
@@ -134,6 +134,20 @@ class Server:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.stop()
+
+
+def discreet(lines: Iterable[str]) -> Iterator[str]:
+    """A server's log without what clients sent: llama-server quotes the requests that it refuses."""
+    quoted = False
+    for line in lines:
+        # A grammar that is wrong is quoted as it is, with its own line breaks, up to the next line with a time.
+        quoted = quoted and re.match(r"[0-9.]+ [A-Z] ", line) is None
+        if quoted:
+            continue
+        refusal = re.match(r'(.*got exception: )\{"error":\{"code":(\d+)', line)
+        grammar = re.match(r".*error parsing grammar", line)
+        quoted = grammar is not None
+        yield f"{refusal[1]}status {refusal[2]}" if refusal else grammar[0] if grammar else line
 
 
 def local_address(host: str) -> str:
@@ -304,15 +318,30 @@ def read_keys(key_file: Path | None) -> list[str]:
         key = os.environ.get(KEY_VARIABLE)
         if key is not None and not key.strip():
             raise UsageError(f"{KEY_VARIABLE} is set and empty", hint="unset it, or give it the key")
+        # llama-server would take the parts between commas for keys of their own.
+        if key is not None and ("," in key or not _can_be_sent(key)):
+            raise UsageError(f"{KEY_VARIABLE}: not one key", hint=f"{_KEY_FORM}, and no comma")
         return [] if key is None else [key]
     try:
-        lines = key_file.read_text(encoding="utf-8").splitlines()
+        lines = key_file.read_bytes().decode("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--api-key-file {key_file}: cannot be read: {error}") from None
     keys = [line for line in lines if line and not line.startswith("#")]
     if not keys:
         raise UsageError(f"--api-key-file {key_file}: holds no key", hint="one key on each line")
+    for number, line in enumerate(lines, 1):
+        # llama-server takes a line as it is, and would wait for a key that no client can send.
+        if line in keys and not _can_be_sent(line):
+            why = "ends as Windows ends lines" if line.endswith("\r") else "is no key"
+            raise UsageError(f"--api-key-file {key_file}: line {number} {why}", hint=_KEY_FORM)
     return keys
+
+
+_KEY_FORM = "a key is printable ASCII, without blanks before and after it"
+
+
+def _can_be_sent(key: str) -> bool:
+    return key.isascii() and key.isprintable() and key == key.strip()
 
 
 def die_with_parent() -> Callable[[], None]:

@@ -1,0 +1,623 @@
+"""A served bundle under load and under bad input: what is refused, what is survived, and what is known not to be."""
+
+import contextlib
+import http.client
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.device import bundles, load, tiny_chat
+from tests.device.served import Served, serving
+from toolchain.device import files, serve
+from toolchain.device.client import Client
+from toolchain.device.errors import DeviceError, UsageError
+from toolchain.errors import HostError
+from toolchain.gguf import llama_cpp
+from toolchain.target import read_target
+
+pytestmark = [pytest.mark.device, pytest.mark.llama_cpp]
+KEY = "Open-Sesame-4711"
+CHAT = load.PATH
+_RSS_GROWTH_KIB = 32 << 10
+JSON = {"Content-Type": "application/json"}
+LET_IN = {**JSON, "Authorization": f"Bearer {KEY}"}
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = read_target("x86-cpu")
+    try:
+        llama = llama_cpp.find(target.runtime.cmake)
+    except HostError as error:
+        pytest.skip(error.message)
+    return bundles.around(llama, target, tmp_path_factory.mktemp("load"))
+
+
+@pytest.fixture(scope="module")
+def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("key") / "key"
+    path.write_text(KEY + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def shared(bundle: Path, key_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serving(bundle, tmp_path_factory.mktemp("log") / "log", "--api-key-file", str(key_file)) as running:
+        yield running
+
+
+@pytest.fixture
+def server(shared: Served) -> Iterator[Served]:
+    """A server that must be the same process, and answer correctly, when the test is over."""
+    pid = shared.server_pid()
+    assert pid
+    yield shared
+    assert shared.server_pid() == pid
+    assert said(shared) == tiny_chat.ANSWER
+
+
+def client(server: Served, timeout_s: float = 60) -> Client:
+    return Client("127.0.0.1", server.port, KEY, timeout_s)
+
+
+def said(server: Served, timeout_s: float = 60, **options: Any) -> str:
+    answer = client(server, timeout_s).post(CHAT, load.body(**options))
+    return str(answer["choices"][0]["message"]["content"])
+
+
+def asked(
+    server: Served,
+    method: str,
+    path: str,
+    body: object = None,
+    headers: dict[str, str] | None = None,
+    timeout_s: float = 60,
+) -> tuple[int, bytes]:
+    """Status and body. A `body` of bytes goes as it is."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=timeout_s)
+    try:
+        content = body if isinstance(body, bytes) or body is None else json.dumps(body)
+        connection.request(method, path, content, LET_IN if headers is None else headers)
+        response = connection.getresponse()
+        return response.status, response.read()
+    finally:
+        connection.close()
+
+
+def error_of(answer: bytes) -> str:
+    """The message of an answer that is one JSON error and nothing else."""
+    content = json.loads(answer)
+    assert list(content) == ["error"]
+    return str(content["error"]["message"])
+
+
+def raw(server: Served, sent: bytes, timeout_s: float = 20) -> bytes:
+    """What comes back until the server closes."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout_s) as connection:
+        received = b""
+        with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+            connection.sendall(sent)
+            connection.shutdown(socket.SHUT_WR)  # it would be waited for more, for five seconds
+            while part := connection.recv(65536):
+                received += part
+        return received
+
+
+def post_head(*lines: str) -> bytes:
+    head = (f"POST {CHAT} HTTP/1.1", "Host: a", *(f"{name}: {value}" for name, value in LET_IN.items()), *lines)
+    return "\r\n".join(head).encode() + b"\r\n\r\n"
+
+
+@contextlib.contextmanager
+def connections(server: Served, number: int, sent: bytes = b"") -> Iterator[list[socket.socket]]:
+    """So many open connections, on each of which this was sent."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = number + 256
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard), hard))
+    opened = []
+    try:
+        for _ in range(number):
+            opened.append(socket.create_connection(("127.0.0.1", server.port), 20))
+            opened[-1].sendall(sent)
+        yield opened
+    finally:
+        for one in opened:
+            one.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def schema(of: object) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": of}}}
+
+
+def test_a_mixed_load_of_500_requests_leaves_the_server_as_it_was(bundle: Path, key_file: Path, tmp_path: Path) -> None:
+    with serving(bundle, tmp_path / "log", "--api-key-file", str(key_file)) as server:
+        pid, context = server.server_pid(), tiny_chat.CONTEXT
+        fresh = server.usage()
+        samples = load.run(client(server), context=context, requests=100, clients=8)
+        warm = server.settled(fresh["threads"], fresh["descriptors"])
+        samples += load.run(client(server), context=context, requests=400, clients=8)
+        after = server.settled(warm["threads"], warm["descriptors"])
+        assert [sample for sample in samples if sample.wrong is not None] == []
+        counts = {kind: sum(sample.kind == kind for sample in samples) for kind in load.KINDS}
+        assert sum(counts.values()) == 500
+        assert min(counts.values()) >= 80
+        assert said(server) == tiny_chat.ANSWER
+        assert server.server_pid() == pid
+        assert after["rss_kib"] - warm["rss_kib"] < _RSS_GROWTH_KIB
+        assert after["threads"] <= warm["threads"]
+        assert after["descriptors"] <= warm["descriptors"]
+        log = server.log()
+    # The log has something to say of these requests, and none of it is theirs.
+    assert "exceeds the available context size" in log
+    assert load.MARKER not in log
+
+
+def test_percentiles_are_values_that_were_seen() -> None:
+    samples = [load.Sample("whole", number / 100, None, None) for number in range(1, 101)]
+    shown = load.summary([*samples, load.Sample("streamed", 2.0, 1.0, "odd")])
+    assert shown["whole"]["whole_s"] == {"p50": 0.5, "p95": 0.95, "p99": 0.99}
+    assert shown["streamed"]["wrong"] == 1
+    assert shown["streamed"]["ttft_s"]["p99"] == 1.0
+
+
+def _user(content: object) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": content}], "max_tokens": 5}
+
+
+NESTED = b"[" * 100_000 + b"]" * 100_000
+REFUSED = {
+    "not JSON": (b"hello", 500, "parse error at line 1, column 1"),
+    "no body": (b"", 500, "attempting to parse an empty input"),
+    "binary": (bytes(range(256)) * 40, 500, "parse error"),
+    "a NUL byte": (b'{"messages":[{"role":"user","content":"a\x00b"}]}', 500, "control character U+0000"),
+    "not UTF-8": (b'{"messages":[{"role":"user","content":"a\xff"}]}', 500, "ill-formed UTF-8"),
+    "half a surrogate": (b'{"messages":[{"role":"user","content":"\\ud800"}]}', 500, "surrogate"),
+    "100,000 open brackets": (b"[" * 100_000, 500, "unexpected end of input"),
+    "100,000 nested lists": (NESTED, 400, "'messages' is required"),
+    "nested lists as content": (
+        b'{"messages":[{"role":"user","content":' + NESTED + b"}]}",
+        400,
+        "unsupported content",
+    ),
+    "a list": ([1], 400, "'messages' is required"),
+    "no messages": ({}, 400, "'messages' is required"),
+    "messages as text": ({"messages": "hi"}, 400, "to be an array"),
+    "a message without a role": ({"messages": [{"content": "x"}]}, 500, "Missing 'role'"),
+    "content as a number": (_user(7), 400, "to be a string or an array"),
+    "a prompt of 1 MB": (_user("x" * 1_000_000), 400, "exceeds the available context size (1024 tokens)"),
+    "max_tokens -2": (load.body(max_tokens=-2), 400, "must be between -1"),
+    "max_tokens as text": (load.body(max_tokens="ten"), 400, "must be number"),
+    "n 1000": (load.body(n=1000), 400, "must be between 1 <= value <= 1"),
+    "n -1": (load.body(n=-1), 400, "must be between 1 <= value <= 1"),
+    "temperature as text": (load.body(temperature="hot"), 400, "must be number"),
+    "temperature NaN": (load.body(temperature=float("nan")), 500, "parse error"),
+    "temperature 1e999": (b'{"messages":[],"temperature":1e999}', 500, "number overflow"),
+    "stop as numbers": (load.body(stop=[1, 2]), 400, "must be string"),
+    "a schema of no known type": (load.body(**schema({"type": "wizard"})), 400, "unrecognized type wizard"),
+    "a schema with a wrong reference": (load.body(**schema({"$ref": "#/no"})), 400, "cannot resolve $ref"),
+    "a schema from elsewhere": (load.body(**schema({"$ref": "http://127.0.0.1:1/x"})), 400, "only references into"),
+    "a schema with a wrong pattern": (
+        load.body(**schema({"type": "string", "pattern": "^((($"})),
+        400,
+        "unbalanced parentheses",
+    ),
+    "a schema of 10⁹ items": (
+        load.body(**schema({"type": "array", "items": {"type": "string"}, "minItems": 10**9})),
+        400,
+        "failed to parse grammar",
+    ),
+    "a schema that is a circle": (
+        load.body(**schema({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}})),
+        400,
+        "failed to parse grammar",
+    ),
+    "a grammar that is wrong": (load.body(grammar="root ::= ((("), 400, "failed to parse grammar"),
+    "a grammar without a root": (load.body(grammar='a ::= "b"'), 400, "failed to parse grammar"),
+    "a grammar that recurs to the left": (load.body(grammar='root ::= root "a"'), 400, "failed to parse grammar"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_bad_request_is_refused_by_one_json_error(server: Served, name: str) -> None:
+    body, status, message = REFUSED[name]
+    found, answer = asked(server, "POST", CHAT, body)
+    assert found == status
+    assert message in error_of(answer)
+
+
+def test_what_a_refused_request_says_is_not_in_the_log(server: Served) -> None:
+    secret = "basilisk"
+    before = server.log().count("got exception: status")
+    bad = [
+        f'{{"messages":[{{"role":"user","content":"{secret} '.encode() + b"\xff",
+        {"messages": [{"content": secret}]},
+        load.body(tools=[{secret: 1}]),
+        load.body(**schema({"type": secret})),
+        load.body(grammar=f'root ::= "a"\n{secret} ::= (((\n1.2.3 {secret}'),
+        load.body(f"{secret} " * tiny_chat.CONTEXT),
+    ]
+    for body in bad:
+        status, _ = asked(server, "POST", CHAT, body)
+        assert status in (400, 500)
+    said(server)
+    log = server.log()
+    assert secret not in log
+    assert log.count("got exception: status") == before + 4
+    assert "error parsing grammar" in log
+    assert "failed to parse grammar" in log
+
+
+def test_only_the_quoted_part_is_taken_out_of_a_log() -> None:
+    lines = [
+        '0.01 W srv op(): got exception: {"error":{"code":500,"message":"x: secret"}}\n',
+        "parse: error parsing grammar: expecting ')' at secret\n",
+        "secret\n",
+        "0.02 E failed to parse grammar\n",
+        "GGML_ASSERT(x) failed\n",
+    ]
+    assert list(serve.discreet(lines)) == [
+        "0.01 W srv op(): got exception: status 500",
+        "parse: error parsing grammar",
+        lines[3],
+        lines[4],
+    ]
+
+
+WRONG_KEYS = {
+    "none": {},
+    "another": {"Authorization": "Bearer nope"},
+    "in capitals": {"Authorization": f"Bearer {KEY.upper()}"},
+    "empty": {"Authorization": "Bearer "},
+    "a part": {"Authorization": f"Bearer {KEY[:-1]}"},
+    "with more": {"Authorization": f"Bearer {KEY},x"},
+    "another scheme": {"Authorization": f"Basic {KEY}"},
+}
+
+
+@pytest.mark.parametrize("name", WRONG_KEYS)
+@pytest.mark.parametrize("path", [CHAT, "/metrics", "/props", "/v1/models", "/tokenize", "/nothing", "/sw.js"])
+def test_nothing_but_health_is_answered_without_the_key(server: Served, name: str, path: str) -> None:
+    for method in ("GET", "POST"):
+        status, answer = asked(server, method, path, load.body(), {**JSON, **WRONG_KEYS[name]})
+        assert status == 401
+        assert error_of(answer) == "Invalid API Key"
+    assert asked(server, "GET", "/health", headers={})[0] == 200
+
+
+PATHS = (
+    *("/nothing", "/../manifest.json", "/%2e%2e/manifest.json", "/..%2fmanifest.json", "//etc/passwd", "/%00", "/"),
+    *("/....//manifest.json", "/\\..\\manifest.json", "/model/model.gguf", "/manifest.json", "/index.html"),
+)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_path_that_is_not_served_is_not_found(server: Served, path: str) -> None:
+    status, answer = asked(server, "GET", path)
+    assert (status, error_of(answer)) == (404, "File Not Found")
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "PATCH"])
+def test_a_wrong_method_is_not_found(server: Served, method: str) -> None:
+    status, answer = asked(server, method, CHAT)
+    assert (status, error_of(answer)) == (404, "File Not Found")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/slots", 501),
+        ("POST", "/slots/0?action=save", 501),
+        ("POST", "/props", 501),
+        ("GET", "/tools", 403),
+        ("GET", "/cors-proxy?url=http://127.0.0.1/", 403),
+        ("POST", "/models/load", 404),
+    ],
+)
+def test_what_a_bundle_has_no_use_for_is_off(server: Served, method: str, path: str, status: int) -> None:
+    found, answer = asked(server, method, path, {"filename": "x", "model": "x"} if method == "POST" else None)
+    assert found == status
+    assert error_of(answer)
+
+
+def test_metrics_count_what_is_answered_and_want_the_key(server: Served) -> None:
+    def count(name: str) -> float:
+        status, answer = asked(server, "GET", "/metrics")
+        assert status == 200
+        (line,) = (line for line in answer.decode().splitlines() if line.startswith(f"llamacpp:{name} "))
+        return float(line.split()[1])
+
+    names = ("prompt_tokens_total", "prompt_tokens_cached_total", "tokens_predicted_total")
+    said(server)
+    before = {name: count(name) for name in names}
+    client(server).chat(load.body()["messages"], max_tokens=50, temperature=0)
+    client(server).stream_chat(load.body()["messages"], max_tokens=50, temperature=0)
+    after = {name: count(name) for name in names}
+    assert after["tokens_predicted_total"] - before["tokens_predicted_total"] == 2 * (len(tiny_chat.ANSWER) + 1)
+    assert after["prompt_tokens_total"] > before["prompt_tokens_total"]
+
+
+@pytest.mark.parametrize("max_tokens", [-1, None, 2**31 - 1])
+def test_an_answer_without_a_limit_ends_where_the_context_is_full(server: Served, max_tokens: int | None) -> None:
+    answer = client(server).post(CHAT, load.body(max_tokens=max_tokens, ignore_eos=True))
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert answer["usage"]["total_tokens"] == tiny_chat.CONTEXT
+
+
+def test_ten_thousand_stop_strings_are_taken(server: Served) -> None:
+    assert said(server, stop=[f"s{number}" for number in range(10_000)] + ["y"]) == "He"
+
+
+@pytest.mark.parametrize(
+    ("name", "sent"),
+    [
+        ("a length below zero", post_head("Content-Length: -5")),
+        ("a length that is text", post_head("Content-Length: abc") + b"{}"),
+        ("a length beyond 64 bits", post_head("Content-Length: 99999999999999999999999") + b"{}"),
+        ("two lengths", post_head("Content-Length: 2", "Content-Length: 5") + b"{}"),
+        ("wrong chunks", post_head("Transfer-Encoding: chunked") + b"zz\r\nhello\r\n"),
+        ("chunks and a length", post_head("Transfer-Encoding: chunked", "Content-Length: 3") + b"0\r\n\r\n"),
+        ("TLS", b"\x16\x03\x01\x02\x00\x01" + bytes(range(200)) + b"\r\n\r\n"),
+        ("HTTP 9.9", b"GET /health HTTP/9.9\r\n\r\n"),
+        ("a header of 100 kB", b"GET /health HTTP/1.1\r\nX: " + b"a" * 100_000 + b"\r\n\r\n"),
+    ],
+)
+def test_what_is_not_http_is_refused_with_400_and_closed(server: Served, name: str, sent: bytes) -> None:
+    """Without a JSON error: the server's HTTP library answers before the server sees the request."""
+    head, _, rest = raw(server, sent).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert b"Content-Length: 0" in head
+    assert rest == b""
+
+
+@pytest.mark.parametrize("second", [b"\x00\x01JUNK\r\n\r\n", b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"])
+def test_of_pipelined_requests_the_first_is_answered_and_the_rest_dropped(server: Served, second: bytes) -> None:
+    received = raw(server, b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n" + second)
+    assert received.startswith(b"HTTP/1.1 200 ")
+    assert received.count(b"HTTP/1.1 ") == 1
+
+
+def test_slow_and_silent_clients_do_not_hold_up_the_others(server: Served) -> None:
+    with connections(server, 8, post_head("Content-Length: 99999999")) as silent, connections(server, 8) as slow:
+        for byte in post_head("Content-Length: 2")[:3]:
+            for one in slow:
+                with contextlib.suppress(
+                    ConnectionError
+                ):  # on a busy machine, where more than five seconds have passed
+                    one.sendall(bytes([byte]))
+            assert said(server) == tiny_chat.ANSWER
+            time.sleep(1)
+        assert len(silent) == 8
+
+
+def test_clients_that_do_not_read_do_not_hold_up_the_others(server: Served) -> None:
+    content = json.dumps(load.body(max_tokens=900, ignore_eos=True, stream=True)).encode()
+    with connections(server, 4, post_head(f"Content-Length: {len(content)}") + content):
+        assert said(server) == tiny_chat.ANSWER
+
+
+def test_a_thousand_idle_connections_do_not_hold_up_the_others(server: Served) -> None:
+    before = server.usage()
+    with connections(server, 1000):
+        assert said(server) == tiny_chat.ANSWER
+    after = server.settled(before["threads"], before["descriptors"])
+    assert after["threads"] <= before["threads"]
+    assert after["descriptors"] <= before["descriptors"]
+
+
+def test_more_connections_than_descriptors_only_wait(bundle: Path, key_file: Path, tmp_path: Path) -> None:
+    with (
+        serving(bundle, tmp_path / "log", "--api-key-file", str(key_file), files=128) as server,
+        connections(server, 300),
+    ):
+        assert said(server) == tiny_chat.ANSWER
+
+
+@pytest.fixture
+def hasty(bundle: Path, tmp_path: Path) -> Path:
+    """A copy whose server hangs up on a silent client after one second."""
+    copy = Path(shutil.copytree(bundle, tmp_path / "hasty"))
+    presets = json.loads((copy / "presets.json").read_text())
+    argv = presets["server"]["argv"]
+    argv[argv.index("--timeout") + 1] = "1"
+    (copy / "presets.json").write_text(json.dumps(presets))
+    return copy
+
+
+def test_half_requests_hold_the_server_up_only_for_the_timeout(hasty: Path, key_file: Path, tmp_path: Path) -> None:
+    with (
+        serving(hasty, tmp_path / "log", "--api-key-file", str(key_file)) as server,
+        connections(server, 1100, post_head("Content-Length: 5")) as opened,
+    ):
+        assert said(server) == tiny_chat.ANSWER
+        opened[0].settimeout(20)
+        assert opened[0].recv(100)[:12] in (b"", b"HTTP/1.1 400")
+
+
+# Limits of the server, as docs/device.md states them: a better llama.cpp makes these tests fail.
+
+TAKEN = {
+    "a role that nobody knows": ({"messages": [{"role": "wizard", "content": "x"}], "max_tokens": 50}, "Hey."),
+    "no messages": ({"messages": [], "max_tokens": 50}, "Hey."),
+    "max_tokens 0": (load.body(max_tokens=0), "H"),
+    "max_tokens 2⁴⁰, cut to 32 bits": (load.body(max_tokens=2**40), "H"),
+    "temperature below zero": (load.body(temperature=-1), "Hey."),
+    "temperature 1e308": (load.body(temperature=1e308, top_k=1), "Hey."),
+    "logit_bias that is text": (load.body(logit_bias="junk"), "Hey."),
+    "logit_bias of tokens that are none": (load.body(logit_bias=[[99999999, 1], [-1, 5], [5], []]), "Hey."),
+    "a schema that is text": (load.body(**schema("x")), "Hey."),
+    "response_format that is text": (load.body(response_format="x"), "Hey."),
+    "a grammar that is a number": (load.body(grammar=5), "Hey."),
+    "an empty stop string": (load.body(stop=[""]), ""),
+    "a model that is another": (load.body(model="another"), "Hey."),
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_limit_these_are_taken_without_a_word(server: Served, name: str) -> None:
+    body, text = TAKEN[name]
+    assert client(server).post(CHAT, body)["choices"][0]["message"]["content"] == text
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded"])
+def test_limit_a_request_of_another_content_type_is_taken(server: Served, kind: str) -> None:
+    assert asked(server, "POST", CHAT, load.body(), {**LET_IN, "Content-Type": kind})[0] == 200
+
+
+def test_limit_a_long_prompt_takes_far_more_memory_than_it_has_bytes(server: Served) -> None:
+    def peak_bytes() -> int:
+        lines = Path(f"/proc/{server.server_pid()}/status").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
+
+    before, size = peak_bytes(), 4_000_000
+    assert asked(server, "POST", CHAT, _user("x" * size))[0] == 400
+    assert peak_bytes() - before > 20 * size
+
+
+def test_limit_a_schema_nested_100000_deep_ends_the_server_which_is_started_again(
+    bundle: Path, key_file: Path, tmp_path: Path
+) -> None:
+    nested = b'{"items":' * 100_000 + b"{}" + b"}" * 100_000
+    body = json.dumps(load.body(**schema("HERE"))).encode().replace(b'"HERE"', nested)
+    with serving(bundle, tmp_path / "log", "--api-key-file", str(key_file)) as server:
+        with pytest.raises((ConnectionError, http.client.HTTPException)):
+            asked(server, "POST", CHAT, body)
+        server.wait_ready(times=2)
+        assert "llama-server was ended by SIGSEGV" in server.log()
+        assert said(server) == tiny_chat.ANSWER
+
+
+def test_limit_a_schema_that_explodes_holds_up_every_client_until_the_server_is_stopped(
+    bundle: Path, key_file: Path, tmp_path: Path
+) -> None:
+    definitions: dict[str, Any] = {
+        f"d{number}": {"anyOf": [{"$ref": f"#/$defs/d{number + 1}"}] * 10} for number in range(12)
+    }
+    definitions["d12"] = {"type": "string"}
+    with serving(bundle, tmp_path / "log", "--api-key-file", str(key_file)) as server:
+        with pytest.raises(TimeoutError):
+            said(server, timeout_s=3, **schema({"$ref": "#/$defs/d0", "$defs": definitions}))
+        with pytest.raises(TimeoutError):
+            said(server, timeout_s=3)
+        assert asked(server, "GET", "/health")[0] == 200
+        server.child.send_signal(signal.SIGTERM)
+        assert server.child.wait(30) == 143
+        with pytest.raises(ConnectionRefusedError):
+            said(server)
+
+
+# edgectl serve
+
+
+def test_sigterm_in_the_middle_of_streamed_answers_stops_within_the_grace_time(
+    bundle: Path, key_file: Path, tmp_path: Path
+) -> None:
+    content = json.dumps(load.body(max_tokens=900, ignore_eos=True, stream=True)).encode()
+    sent = post_head(f"Content-Length: {len(content)}") + content
+    with (
+        serving(bundle, tmp_path / "log", "--api-key-file", str(key_file)) as server,
+        connections(server, 8, sent) as streams,
+    ):
+        assert b"200 OK" in streams[0].recv(100)
+        start_s = time.monotonic()
+        server.child.send_signal(signal.SIGTERM)
+        assert server.child.wait(30) == 143
+        # Ten seconds after SIGTERM it would have been killed.
+        assert time.monotonic() - start_s < 20
+        assert "Traceback" not in server.log()
+        rest = b""
+        with contextlib.suppress(ConnectionResetError):
+            while part := streams[-1].recv(65536):
+                rest += part
+        assert b"[DONE]" not in rest
+
+
+def _children_that_serve() -> list[int]:
+    found = []
+    for path in Path("/proc/self/task").glob("*/children"):
+        for pid in map(int, path.read_text().split()):
+            if b"llama-server" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0]:
+                found.append(pid)
+    return found
+
+
+def test_a_server_that_ends_seven_times_in_a_row_ends_edgectl(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve.Restarts, "FIRST_S", 0.001)
+    said_lines: list[str] = []
+    killed: set[int] = set()
+
+    def say(line: str) -> None:
+        said_lines.append(line)
+        if line.startswith("ready after"):
+            (pid,) = _children_that_serve()
+            os.kill(pid, signal.SIGKILL)
+            killed.add(pid)
+
+    with pytest.raises(DeviceError, match=r"SIGKILL .*; it ended 7 times in a row") as ended:
+        serve.run(files.open_bundle(bundle), host="127.0.0.1", port=serve.free_port(), key_file=None, say=say)
+    assert ended.value.hint
+    assert len(killed) == 7
+    assert sum("started again in" in line for line in said_lines) == 6
+
+
+def test_a_key_from_the_environment_is_in_no_command_line(bundle: Path, tmp_path: Path) -> None:
+    with serving(bundle, tmp_path / "log", EDGECTL_API_KEY=KEY) as server:
+        assert said(server) == tiny_chat.ANSWER
+        assert asked(server, "GET", "/v1/models", headers={})[0] == 401
+        lines = {}
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):  # it has ended in the meantime
+                lines[int(path.parent.name)] = path.read_bytes()
+        assert {server.child.pid, server.server_pid()} <= set(lines)
+        assert [pid for pid, line in lines.items() if KEY.encode() in line] == []
+        assert KEY not in server.log()
+
+
+@pytest.mark.parametrize("key", ["", "  ", "a,b", "a\nb"])
+def test_a_key_in_the_environment_that_cannot_be_one_is_refused(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGECTL_API_KEY", key)
+    with pytest.raises(UsageError, match="EDGECTL_API_KEY") as refused:
+        serve.read_keys(None)
+    assert refused.value.hint
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\n\n", b"# only a comment\n", b"\xff\xfe"])
+def test_a_key_file_that_gives_no_key_is_refused(bundle: Path, tmp_path: Path, content: bytes | None) -> None:
+    """None: it is a folder."""
+    path = tmp_path / "key"
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    done = bundles.edgectl(bundle, "serve", "--api-key-file", str(path))
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: --api-key-file {path}: ")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("content", [f"{KEY}\r\n", f"{KEY} \n", f"good\n {KEY}\n", "schlüssel\n", "a\tb\n"])
+def test_a_key_that_no_client_could_send_is_refused_with_its_line(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "key"
+    path.write_bytes(content.encode())
+    with pytest.raises(UsageError, match=rf"line {content.count(chr(10))} ") as refused:
+        serve.read_keys(path)
+    assert KEY not in refused.value.message
+    assert refused.value.hint
+
+
+def test_every_key_of_a_file_is_let_in(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "key").write_bytes(f"# comment\n\nother, key\n{KEY}".encode())
+    with serving(bundle, tmp_path / "log", "--api-key-file", str(tmp_path / "key")) as server:
+        assert said(server) == tiny_chat.ANSWER
+        other = {**JSON, "Authorization": "Bearer other, key"}
+        assert asked(server, "GET", "/v1/models", headers=other)[0] == 200
