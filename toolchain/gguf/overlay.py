@@ -141,44 +141,54 @@ class Divergence:
         if not self._context:
             raise ModelError(f"{self._gguf}: llama.cpp cannot open a context of {most} tokens")
         self._batch = lib.llama_batch_init(most, 0, 1)
-        self._reference = [_probabilities(logits) for logits in self._logits()]
+        self._reference = [_probabilities(self._logits(rows)) for rows in self._batches]
+
+    @property
+    def batches(self) -> int:
+        return len(self._batches)
+
+    def answer_tokens(self, at: int) -> list[int]:
+        """Of each row of this batch."""
+        return [len(row.answer_ids) for row in self._batches[at]]
 
     def measure(self) -> npt.NDArray[np.float64]:
-        """KL at each answer position, in the order of the batches."""
-        found = [_kl(p, entropy, logits) for (p, entropy), logits in zip(self._reference, self._logits(), strict=True)]
-        return np.concatenate(found)
+        """KL at each answer position, row after row."""
+        return np.concatenate([self.measure_batch(at) for at in range(self.batches)])
+
+    def measure_batch(self, at: int) -> npt.NDArray[np.float64]:
+        """The same of one batch."""
+        return _kl(*self._reference[at], self._logits(self._batches[at]))
 
     def close(self) -> None:
         self._lib.llama_batch_free(self._batch)
         self._lib.llama_free(self._context)
 
-    def _logits(self) -> Iterator[Floats]:
-        """[answer positions, vocabulary] of one batch after the other; gone with the next one."""
+    def _logits(self, rows: Sequence[Row]) -> Floats:
+        """[answer positions, vocabulary] of one batch; gone with the next one."""
         lib, batch = self._lib, self._batch
-        for rows in self._batches:
-            lib.llama_memory_clear(lib.llama_get_memory(self._context), True)
-            at = wanted = 0
-            for sequence, row in enumerate(rows):
-                first = len(row.prompt_ids) - 1
-                # The last answer token predicts nothing that is asked for.
-                for position, token in enumerate(row.token_ids[:-1]):
-                    batch.token[at], batch.pos[at] = token, position
-                    batch.n_seq_id[at], batch.seq_id[at][0] = 1, sequence
-                    batch.logits[at] = position >= first
-                    wanted += position >= first
-                    at += 1
-            batch.n_tokens = at
-            code = lib.llama_decode(self._context, batch)
-            if code != 0:
-                raise ModelError(f"{self._gguf}: llama_decode answered {code} for {at} tokens")
-            yield np.ctypeslib.as_array(lib.llama_get_logits(self._context), shape=(wanted, self._vocabulary))
+        lib.llama_memory_clear(lib.llama_get_memory(self._context), True)
+        at = wanted = 0
+        for sequence, row in enumerate(rows):
+            first = len(row.prompt_ids) - 1
+            # The last answer token predicts nothing that is asked for.
+            for position, token in enumerate(row.token_ids[:-1]):
+                batch.token[at], batch.pos[at] = token, position
+                batch.n_seq_id[at], batch.seq_id[at][0] = 1, sequence
+                batch.logits[at] = position >= first
+                wanted += position >= first
+                at += 1
+        batch.n_tokens = at
+        code = lib.llama_decode(self._context, batch)
+        if code != 0:
+            raise ModelError(f"{self._gguf}: llama_decode answered {code} for {at} tokens")
+        return np.ctypeslib.as_array(lib.llama_get_logits(self._context), shape=(wanted, self._vocabulary))
 
 
 def _pack(rows: Sequence[Row]) -> list[list[Row]]:
-    """Batches of at most 512 tokens, or of one longer row."""
+    """Batches of at most 512 tokens, or of one longer row, in the order of the rows: the first ones are a sample."""
     batches: list[list[Row]] = []
     room = 0
-    for row in sorted(rows, key=lambda row: len(row.token_ids), reverse=True):
+    for row in rows:
         if len(row.token_ids) > room:
             batches.append([])
             room = max(_BATCH, len(row.token_ids))
