@@ -55,8 +55,8 @@ _KEPT_BYTES = 1 << 30
 _LEAST_TOKENS, _SHARE = 512, 8
 """Steps 2 and 3 read an eighth of the answer tokens of step 5, and not less than so many where step 5 does not either:
 more of them hardly change the plan (docs/quantization.md)."""
-_LEAST_BATCHES = 2
-"""Batches that a plan is given before it can be found worse."""
+_LOOK = 4
+"""Batches between two looks at whether a plan is worse: the same on any machine, or its search would differ."""
 _EXCHANGES = 16
 """Most exchanges of types that are tried at once."""
 
@@ -322,7 +322,7 @@ class _Trial:
     def __init__(self, weights: _Weights, divergence: Divergence, journal: Journal) -> None:
         self._weights, self._divergence, self._journal = weights, divergence, journal
         self._applied: Plan = {}
-        self._tokens = np.concatenate([divergence.answer_tokens(at) for at in range(divergence.batches)])
+        self._looks = [slice(at, at + _LOOK) for at in range(0, divergence.batches, _LOOK)]
         self._seen: set[str] = set()
 
     @property
@@ -331,21 +331,19 @@ class _Trial:
 
     def kl(self, plan: Plan) -> float:
         """Mean over all answer tokens."""
-        return float(
-            np.sum([self._rows(plan, at).sum() for at in range(self._divergence.batches)]) / self._tokens.sum()
-        )
+        return sum(float(self._rows(plan, look).sum()) for look in self._looks) / sum(self._divergence.row_lengths())
 
     def beats(self, plan: Plan, best: Plan) -> bool:
         """Whether `plan` loses less, measured no further than it takes to see that it loses more."""
         difference = np.empty(0)
-        for at in range(self._divergence.batches):
-            difference = np.append(difference, self._rows(plan, at) - self._rows(best, at))
-            if at + 1 >= _LEAST_BATCHES and difference.mean() > _standard_error(difference):
+        for look in self._looks:
+            difference = np.append(difference, self._rows(plan, look) - self._rows(best, look))
+            if difference.mean() > _standard_error(difference):
                 return False
         return bool(difference.sum() < 0)
 
-    def _rows(self, plan: Plan, at: int) -> npt.NDArray[np.float64]:
-        """KL of each row of a batch, summed over its answer tokens."""
+    def _rows(self, plan: Plan, look: slice) -> npt.NDArray[np.float64]:
+        """KL of each row of some batches, summed over its answer tokens."""
         text = " ".join(f"{name}={kind}" for name, kind in sorted(plan.items()))
         digest = hashlib.sha256(text.encode()).hexdigest()[:24]
         self._seen.add(digest)
@@ -355,10 +353,10 @@ class _Trial:
                 if self._applied.get(name) != kind:
                     self._weights.apply(name, kind)
                     self._applied[name] = kind
-            ends = np.cumsum(self._divergence.answer_tokens(at))[:-1]
-            return [float(row.sum()) for row in np.split(self._divergence.measure_batch(at), ends)]
+            ends = np.cumsum(self._divergence.row_lengths(look))[:-1]
+            return [float(row.sum()) for row in np.split(self._divergence.measure(look), ends)]
 
-        return np.array(self._journal.once(f"plan {digest} batch {at}", measure))
+        return np.array(self._journal.once(f"plan {digest} from batch {look.start}", measure))
 
 
 def _standard_error(values: npt.NDArray[np.float64]) -> float:
