@@ -8,8 +8,8 @@
    their losses, these are scaled to it: errors say only roughly what another type loses.
 4. A knapsack over these losses (`allocate`), in no more bytes than the budget and no more decoding time than stock.
 5. Losses add up only roughly. From the better of that plan and stock's on, types are exchanged between tensors, many at
-   once and then fewer, on the true KL of whole plans. A plan is measured row by row beside the best one so far, and is
-   given up as soon as it is seen to be worse.
+   once and then fewer, on the true KL of whole plans. A plan is measured beside the best one so far, row by row; it is
+   given up where it falls behind, and taken where it is ahead beyond doubt.
 
 Steps 2 and 3 read some rows, step 5 more of others, and none reads held-out ones.
 """
@@ -56,7 +56,10 @@ _LEAST_TOKENS, _SHARE = 512, 8
 """Steps 2 and 3 read an eighth of the answer tokens of step 5, and not less than so many where step 5 does not either:
 more of them hardly change the plan (docs/quantization.md)."""
 _LOOK = 4
-"""Batches between two looks at whether a plan is worse: the same on any machine, or its search would differ."""
+"""Batches between two looks at whether a plan is behind: the same on any machine, or its search would differ."""
+_SURE = 2.0
+"""Standard errors by which a plan must be ahead. Without them, plans were taken that did well on the search's rows by
+chance, and lost on others a fifteenth of what the knapsack had gained (docs/quantization.md)."""
 _EXCHANGES = 16
 """Most exchanges of types that are tried at once."""
 
@@ -334,13 +337,13 @@ class _Trial:
         return sum(float(self._rows(plan, look).sum()) for look in self._looks) / sum(self._divergence.row_lengths())
 
     def beats(self, plan: Plan, best: Plan) -> bool:
-        """Whether `plan` loses less, measured no further than it takes to see that it loses more."""
+        """Whether `plan` loses less, beyond doubt; measured no further than it is ahead."""
         difference = np.empty(0)
         for look in self._looks:
             difference = np.append(difference, self._rows(plan, look) - self._rows(best, look))
-            if difference.mean() > _standard_error(difference):
+            if difference.mean() >= 0:
                 return False
-        return bool(difference.sum() < 0)
+        return bool(difference.mean() < -_SURE * _standard_error(difference))
 
     def _rows(self, plan: Plan, look: slice) -> npt.NDArray[np.float64]:
         """KL of each row of some batches, summed over its answer tokens."""
