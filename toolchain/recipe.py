@@ -338,7 +338,7 @@ class Quantize(Settings):
     target_bits: float | None = Field(None, gt=2, le=16)
     """The same in bits per weight, over all tensors."""
     search_tokens: int = Field(4096, ge=64)
-    """Answer tokens that "error-aware" tries whole plans on; what single tensors lose is read off an eighth as many
+    """Answer tokens that "error-aware" tries whole plans on; what single tensors lose is read off a quarter as many
     others, or 512."""
     search_trials: int = Field(30, ge=0)
     """Most whole plans that are tried."""

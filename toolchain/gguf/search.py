@@ -4,14 +4,12 @@
    its rows.
 2. For every tensor: KL of the model to its 16-bit form with this tensor at 4 bits and the rest as it was. Its loss at
    another type is this KL, scaled by the ratio of the errors: KL is quadratic in a small change of the weights.
-3. For every role (such as ffn_down) and type: KL with all tensors of the role at this type. Where it is not the sum of
-   their losses, these are scaled to it: errors say only roughly what another type loses.
-4. A knapsack over these losses (`allocate`), in no more bytes than the budget and no more decoding time than stock.
-5. Losses add up only roughly. From the better of that plan and stock's on, types are exchanged between tensors, many at
+3. A knapsack over these losses (`allocate`), in no more bytes than the budget and no more decoding time than stock.
+4. Losses add up only roughly. From the better of that plan and stock's on, types are exchanged between tensors, many at
    once and then fewer, on the true KL of whole plans. A plan is measured beside the best one so far, row by row; it is
    given up where it falls behind, and taken where it is ahead beyond doubt.
 
-Steps 2 and 3 read some rows, step 5 more of others, and none reads held-out ones.
+Step 2 reads some rows, step 4 more of others, and neither reads held-out ones.
 """
 
 import contextlib
@@ -52,8 +50,8 @@ _SAMPLE = 128
 """Rows, of each expert, that tell a type's error: the ratio of two types hardly differs from row to row."""
 _KEPT_BYTES = 1 << 30
 """Memory for tensors as they were quantized: doing that again costs as much as scoring a thousand tokens."""
-_LEAST_TOKENS, _SHARE = 512, 8
-"""Steps 2 and 3 read an eighth of the answer tokens of step 5, and not less than so many where step 5 does not either:
+_LEAST_TOKENS, _SHARE = 512, 4
+"""Step 2 reads a quarter of the answer tokens of step 4, and not less than so many where step 4 does not either:
 more of them hardly change the plan (docs/quantization.md)."""
 _LOOK = 4
 """Batches between two looks at whether a plan is behind: the same on any machine, or its search would differ."""
@@ -81,7 +79,7 @@ class Found:
     trials: int
     """Whole plans that were measured, wholly or until they were seen to be worse."""
     tokens: tuple[int, int]
-    """Answer tokens of steps 2 and 3, and of step 5."""
+    """Answer tokens of step 2 and of step 4."""
 
 
 class _Weights:
@@ -157,14 +155,13 @@ def choose(
         errors = _errors(weights, usable, journal, report)
         with _Alone(weights, first, llama, journal) as alone:
             sensitivity = _sensitivities(alone, usable, report)
-            losses = _losses(alone, usable, errors, sensitivity, report)
         looked_up = {"token_embd.weight"} if "output.weight" in shapes else set()
         options = {
             name: {
                 kind: Option(
                     kind,
                     _bytes(kind, shapes[name]),
-                    losses[name, kind],
+                    sensitivity[name] * errors[name][kind] / max(errors[name][anchor(usable[name])], 1e-300),
                     # Rows of an embedding that is not the head as well are looked up, one a token.
                     0.0 if name in looked_up else DECODING[kind] * shapes[name].elements / 1e6,
                 )
@@ -254,7 +251,7 @@ def _errors(
 
 
 class _Alone:
-    """KL of the model with some tensors at one type and the rest as it was."""
+    """KL of the model with one tensor at a type and the rest as it was."""
 
     def __init__(self, weights: _Weights, rows: Sequence[Row], llama: LlamaCpp, journal: Journal) -> None:
         self._weights, self._journal = weights, journal
@@ -268,17 +265,14 @@ class _Alone:
     def __exit__(self, *_: object) -> None:
         self._open.close()
 
-    def kl(self, what: str, names: Sequence[str], kind: str) -> float:
-        """`what` is its name in the journal."""
-        return float(self._journal.once(what, partial(self._measure, names, kind)))
+    def kl(self, name: str, kind: str) -> float:
+        return float(self._journal.once(f"kl {name}", partial(self._measure, name, kind)))
 
-    def _measure(self, names: Sequence[str], kind: str) -> float:
+    def _measure(self, name: str, kind: str) -> float:
         divergence = self._divergence()
-        for name in names:
-            self._weights.apply(name, kind)
+        self._weights.apply(name, kind)
         kl = float(divergence.measure().mean())
-        for name in names:
-            self._weights.overlay.restore(name)
+        self._weights.overlay.restore(name)
         # Rounding may take it below 0 where nothing is lost.
         return max(kl, 0.0)
 
@@ -287,34 +281,7 @@ def _sensitivities(alone: _Alone, usable: Mapping[str, Sequence[str]], report: R
     found = {}
     with bar(report, "sensitivity of each tensor", total=len(usable), unit="tensor") as task:
         for name, kinds in usable.items():
-            found[name] = alone.kl(f"kl {name}", [name], anchor(kinds))
-            task.advance()
-    return found
-
-
-def _losses(
-    alone: _Alone,
-    usable: Mapping[str, Sequence[str]],
-    errors: Mapping[str, Mapping[str, float]],
-    sensitivity: Mapping[str, float],
-    report: Reporter,
-) -> dict[tuple[str, str], float]:
-    """Of each tensor at each type: as its errors have it, times what its role's tensors at that type lose in truth."""
-    found = {
-        (name, kind): sensitivity[name] * errors[name][kind] / max(errors[name][anchor(kinds)], 1e-300)
-        for name, kinds in usable.items()
-        for kind in kinds
-    }
-    roles: dict[tuple[str, str], list[str]] = {}
-    for name, kind in found:
-        roles.setdefault((re.sub(r"^blk\.\d+\.", "", name), kind), []).append(name)
-    with bar(report, "loss of each role at each type", total=len(roles), unit="type") as task:
-        for (role, kind), names in roles.items():
-            expected = sum(found[name, kind] for name in names)
-            # A single tensor at its anchor has been measured.
-            if expected > 0 and (len(names) > 1 or kind != anchor(usable[names[0]])):
-                factor = alone.kl(f"kl {role} {kind}", names, kind) / expected
-                found |= {(name, kind): found[name, kind] * factor for name in names}
+            found[name] = alone.kl(name, anchor(kinds))
             task.advance()
     return found
 
