@@ -1,6 +1,6 @@
 """What quantization keeps: error-aware against stock, and both against the converter and llama-quantize by hand.
 
-    python benchmarks/quantization.py WORK [--search-tokens 1024] [--search-trials 60] [--rounds 5] [--json FILE]
+    python benchmarks/quantization.py WORK [--search-tokens 4096] [--search-trials 30] [--rounds 5] [--json FILE]
 
 WORK holds model/ (a Hugging Face checkpoint), train.jsonl and held_out.jsonl (rows), as benchmarks/train_small.py makes
 them. Each step runs in a process of its own. Printed: wall time and peak memory of our conversion and of the converter

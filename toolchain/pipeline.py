@@ -769,7 +769,7 @@ STAGES: tuple[Stage, ...] = (
         settings=lambda recipe, _: QuantizeSettings(quantize=recipe.quantize, cmake=host_cmake()),
         inputs=_quantize_inputs,
         uses_llama_cpp=lambda _: True,
-        version=2,
+        version=3,
     ),
     Stage(
         "evaluate",

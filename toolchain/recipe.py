@@ -337,9 +337,10 @@ class Quantize(Settings):
     """Most bytes of all tensors, where "error-aware" is to come out smaller (or larger) than `file_type` would."""
     target_bits: float | None = Field(None, gt=2, le=16)
     """The same in bits per weight, over all tensors."""
-    search_tokens: int = Field(1024, ge=64)
-    """Answer tokens that "error-aware" scores to tell a tensor's sensitivity, and as many to try whole plans."""
-    search_trials: int = Field(60, ge=0)
+    search_tokens: int = Field(4096, ge=64)
+    """Answer tokens that "error-aware" tries whole plans on; what single tensors lose is read off a quarter as many
+    others, or 512."""
+    search_trials: int = Field(30, ge=0)
     """Most whole plans that are tried."""
     plan: ExistingPath | None = None
     """A file of lines `regular expression = type`, such as an earlier run's plan.txt: taken as it is."""

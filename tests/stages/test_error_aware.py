@@ -23,6 +23,7 @@ from toolchain.gguf.ggml import Quantizer, read_importance
 from toolchain.gguf.header import read_facts
 from toolchain.gguf.llama_cpp import LlamaCpp
 from toolchain.gguf.overlay import Divergence, open_overlay
+from toolchain.journal import Journal
 from toolchain.recipe import Quantize
 from toolchain.reporter import Silent
 from toolchain.teacher.gguf_decode import greedy_texts
@@ -210,6 +211,47 @@ def test_a_target_that_cannot_be_met_is_refused(
     with pytest.raises(kind, match=message):
         run(ASKED.model_copy(update=settings), made, llama, tmp_path)
     assert not (tmp_path / quantize.OUTPUT).exists()
+
+
+def test_a_plan_that_is_worse_is_given_up_before_all_rows_are_scored(
+    made: quantize.Inputs, llama: LlamaCpp, tmp_path: Path
+) -> None:
+    """And one that is better is scored on all of them, to the KL that they have at once."""
+    rows = rows_of(made.train or Path()) * 4
+    importance, names = read_importance(made.imatrix), [f"blk.{at}.ffn_down.weight" for at in range(3)]
+    fine, coarse = dict.fromkeys(names, "Q6_K"), dict.fromkeys(names, "Q3_K")
+    with open_overlay(made.gguf, llama=llama) as overlay, Journal(tmp_path / "a" / "search.jsonl") as journal:
+        divergence = Divergence(overlay, rows, llama=llama)
+        looks = -(-divergence.batches // search._LOOK)
+        assert looks > 2
+        trial = search._Trial(search._Weights(overlay, Quantizer(llama), importance), divergence, journal)
+        kl = trial.kl(fine)
+        assert kl == pytest.approx(divergence.measure().mean())
+        assert not trial.beats(coarse, fine)
+        lines = (tmp_path / "a" / "search.jsonl").read_text().splitlines()
+        assert looks < len(lines) < 2 * looks
+        assert trial.beats(fine, coarse)
+        assert trial.kl(coarse) > kl
+        assert len((tmp_path / "a" / "search.jsonl").read_text().splitlines()) == 2 * looks
+        assert trial.measured == 2
+        assert not trial.beats(fine, fine)
+        divergence.close()
+
+
+def test_rows_for_tensors_and_for_plans_are_others_and_of_the_sizes_asked_for() -> None:
+    rows = [Row(str(at), (), "", (1,), (2,) * 10, "length") for at in range(2000)]
+    first, second = search.draw(rows, 4096)
+    assert sum(len(row.answer_ids) for row in first) == pytest.approx(1024, abs=20)
+    assert sum(len(row.answer_ids) for row in second) == pytest.approx(4096, abs=20)
+    ids = [row.id for row in [*first, *second]]
+    assert len(set(ids)) == len(ids)
+    assert max(map(int, ids)) > 1900
+    assert (first, second) == search.draw(rows, 4096)
+    assert [len(part) for part in search.draw(rows[:2], 4096)] == [1, 1]
+    first, second = search.draw(rows, 128)
+    assert abs(len(first) - len(second)) <= 1
+    with pytest.raises(errors.DataError, match="1 training rows"):
+        search.draw(rows[:1], 4096)
 
 
 def test_widths_that_no_block_of_256_divides_get_types_of_32() -> None:

@@ -76,10 +76,15 @@ class Quantizer:
             list(pool.map(part, range(0, number, _ROWS)))
         return result
 
+    @staticmethod
+    def read(kind: str, blocks: npt.NDArray[np.uint8]) -> Floats:
+        """Rows as an engine reads them: float32 [n, width]."""
+        found: Floats = dequantize(blocks, GGMLQuantizationType[kind])
+        return found.reshape(len(blocks), -1)
+
     def round_trip(self, kind: str, rows: Floats, importance: Floats | None) -> Floats:
         """`rows` as an engine reads them after they were quantized to `kind`."""
-        found: Floats = dequantize(self.quantize(kind, rows, importance), GGMLQuantizationType[kind])
-        return found.reshape(rows.shape)
+        return self.read(kind, self.quantize(kind, rows, importance))
 
 
 def read_importance(path: Path) -> dict[str, Floats]:

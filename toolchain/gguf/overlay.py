@@ -9,11 +9,13 @@ architecture.
 import ctypes
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +27,11 @@ from toolchain.gguf import score
 from toolchain.gguf.llama_cpp import LlamaCpp, physical_cores
 
 Floats = npt.NDArray[np.float32]
-_BATCH = 512
+T = TypeVar("T")
+_BATCH = 256
+"""Tokens that are scored at once."""
+_SIDE_BY_SIDE = 4
+"""Most batches that are scored at the same time."""
 _MAP_FIXED = 0x10
 _DTYPES: dict[str, Any] = {"F16": np.float16, "F32": np.float32}
 
@@ -122,63 +128,96 @@ def _make_private(gguf: Path, mapped: Sequence[_Mapped]) -> None:
 
 
 class Divergence:
-    """KL(first state ‖ present state) of an overlay's model over the answers of some rows, in nats per answer token."""
+    """KL(first state ‖ present state) of an overlay's model over the answers of some rows, in nats per answer token.
+
+    Batches are scored side by side, each on few threads: threads of one llama_decode wait for each other without
+    letting go of their core, and where other work shares the cores, two of them took twice the time of one.
+    """
 
     def __init__(self, overlay: Overlay, rows: Sequence[Row], *, llama: LlamaCpp, threads: int | None = None) -> None:
         """Scores the present state as the reference: rows' answer tokens × vocabulary × 4 bytes of memory."""
         self._lib, self._gguf = score.bindings(llama), overlay.gguf
         self._batches = _pack(rows)
-        lib = self._lib
+        lib, cores = self._lib, threads or physical_cores()
         self._vocabulary = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(overlay.model))
+        side_by_side = min(cores, _SIDE_BY_SIDE)
         params = lib.llama_context_default_params()
         most = max(sum(len(row.token_ids) for row in batch) for batch in self._batches)
         params.n_ctx = params.n_batch = params.n_ubatch = most
         params.n_seq_max = max(len(batch) for batch in self._batches)
         params.kv_unified = True
-        params.n_threads = params.n_threads_batch = threads or physical_cores()
+        params.n_threads = params.n_threads_batch = cores // side_by_side
         params.no_perf = True
-        self._context = lib.llama_init_from_model(overlay.model, params)
-        if not self._context:
-            raise ModelError(f"{self._gguf}: llama.cpp cannot open a context of {most} tokens")
-        self._batch = lib.llama_batch_init(most, 0, 1)
-        self._reference = [_probabilities(logits) for logits in self._logits()]
+        self._pool = ThreadPoolExecutor(side_by_side)
+        self._open: list[tuple[Any, Any]] = []
+        self._idle: SimpleQueue[tuple[Any, Any]] = SimpleQueue()
+        for _ in range(side_by_side):
+            context = lib.llama_init_from_model(overlay.model, params)
+            if not context:
+                self.close()
+                raise ModelError(f"{self._gguf}: llama.cpp cannot open a context of {most} tokens")
+            self._open.append((context, lib.llama_batch_init(most, 0, 1)))
+            self._idle.put(self._open[-1])
+        self._reference = self._each(range(self.batches), lambda _, logits: _probabilities(logits))
 
-    def measure(self) -> npt.NDArray[np.float64]:
-        """KL at each answer position, in the order of the batches."""
-        found = [_kl(p, entropy, logits) for (p, entropy), logits in zip(self._reference, self._logits(), strict=True)]
-        return np.concatenate(found)
+    @property
+    def batches(self) -> int:
+        return len(self._batches)
+
+    def row_lengths(self, part: slice = slice(None)) -> list[int]:
+        """Answer tokens of each row of these batches."""
+        return [len(row.answer_ids) for batch in self._batches[part] for row in batch]
+
+    def measure(self, part: slice = slice(None)) -> npt.NDArray[np.float64]:
+        """KL at each answer position of these batches, row after row."""
+        return np.concatenate(
+            self._each(range(self.batches)[part], lambda at, logits: _kl(*self._reference[at], logits))
+        )
 
     def close(self) -> None:
-        self._lib.llama_batch_free(self._batch)
-        self._lib.llama_free(self._context)
+        self._pool.shutdown()
+        for context, batch in self._open:
+            self._lib.llama_batch_free(batch)
+            self._lib.llama_free(context)
 
-    def _logits(self) -> Iterator[Floats]:
-        """[answer positions, vocabulary] of one batch after the other; gone with the next one."""
-        lib, batch = self._lib, self._batch
-        for rows in self._batches:
-            lib.llama_memory_clear(lib.llama_get_memory(self._context), True)
-            at = wanted = 0
-            for sequence, row in enumerate(rows):
-                first = len(row.prompt_ids) - 1
-                # The last answer token predicts nothing that is asked for.
-                for position, token in enumerate(row.token_ids[:-1]):
-                    batch.token[at], batch.pos[at] = token, position
-                    batch.n_seq_id[at], batch.seq_id[at][0] = 1, sequence
-                    batch.logits[at] = position >= first
-                    wanted += position >= first
-                    at += 1
-            batch.n_tokens = at
-            code = lib.llama_decode(self._context, batch)
-            if code != 0:
-                raise ModelError(f"{self._gguf}: llama_decode answered {code} for {at} tokens")
-            yield np.ctypeslib.as_array(lib.llama_get_logits(self._context), shape=(wanted, self._vocabulary))
+    def _each(self, wanted: Sequence[int], use: Callable[[int, Floats], T]) -> list[T]:
+        """`use` of each of these batches and its logits, which it may write to."""
+
+        def one(at: int) -> T:
+            own = self._idle.get()
+            try:
+                return use(at, self._logits(self._batches[at], *own))
+            finally:
+                self._idle.put(own)
+
+        return list(self._pool.map(one, wanted))
+
+    def _logits(self, rows: Sequence[Row], context: Any, batch: Any) -> Floats:
+        """[answer positions, vocabulary]; gone with the next batch in this context."""
+        lib = self._lib
+        lib.llama_memory_clear(lib.llama_get_memory(context), True)
+        at = wanted = 0
+        for sequence, row in enumerate(rows):
+            first = len(row.prompt_ids) - 1
+            # The last answer token predicts nothing that is asked for.
+            for position, token in enumerate(row.token_ids[:-1]):
+                batch.token[at], batch.pos[at] = token, position
+                batch.n_seq_id[at], batch.seq_id[at][0] = 1, sequence
+                batch.logits[at] = position >= first
+                wanted += position >= first
+                at += 1
+        batch.n_tokens = at
+        code = lib.llama_decode(context, batch)
+        if code != 0:
+            raise ModelError(f"{self._gguf}: llama_decode answered {code} for {at} tokens")
+        return np.ctypeslib.as_array(lib.llama_get_logits(context), shape=(wanted, self._vocabulary))
 
 
 def _pack(rows: Sequence[Row]) -> list[list[Row]]:
-    """Batches of at most 512 tokens, or of one longer row."""
+    """Batches of at most 256 tokens, or of one longer row, in the order of the rows: the first ones are a sample."""
     batches: list[list[Row]] = []
     room = 0
-    for row in sorted(rows, key=lambda row: len(row.token_ids), reverse=True):
+    for row in rows:
         if len(row.token_ids) > room:
             batches.append([])
             room = max(_BATCH, len(row.token_ids))

@@ -1,24 +1,29 @@
 """Which type each tensor of a 16-bit GGUF should get under a budget of bytes, by what the model loses.
 
-1. For every tensor and type: the squared error of its weights, each column weighed by the importance matrix.
+1. For every tensor and type: the squared error of its weights, each column weighed by the importance matrix, on some of
+   its rows.
 2. For every tensor: KL of the model to its 16-bit form with this tensor at 4 bits and the rest as it was. Its loss at
    another type is this KL, scaled by the ratio of the errors: KL is quadratic in a small change of the weights.
 3. A knapsack over these losses (`allocate`), in no more bytes than the budget and no more decoding time than stock.
-4. Losses add up only roughly. The whole plan is applied and its true KL measured; then the losses of a group of tensors
-   (a role, a depth, a type) are scaled, the knapsack solved again, and what lowers the true KL is kept. From the better
-   of that plan and stock's on, types are exchanged between tensors, many at once and then fewer, on true KL alone.
+4. Losses add up only roughly. From the better of that plan and stock's on, types are exchanged between tensors, many at
+   once and then fewer, on the true KL of whole plans. A plan is measured beside the best one so far, row by row; it is
+   given up where it falls behind, and taken where it is ahead beyond doubt.
 
-Steps 2 and 4 read different rows, and neither reads held-out ones.
+Step 2 reads some rows, step 4 more of others, and neither reads held-out ones.
 """
 
 import contextlib
+import hashlib
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from random import Random
 
 import numpy as np
+import numpy.typing as npt
 
 from toolchain.data.rows import Row
 from toolchain.errors import DataError
@@ -41,8 +46,18 @@ ANCHORS = ("Q4_K", "IQ4_NL")
 """Type at which a tensor's own KL is measured: the first whose block fits its rows."""
 _ROWS = 16_384
 """Rows of a tensor that are rounded at a time: a large vocabulary's would fill the memory."""
-_FACTORS = (2.0, 1.3)
-"""A group's losses are multiplied and divided by these, in turns."""
+_SAMPLE = 128
+"""Rows, of each expert, that tell a type's error: the ratio of two types hardly differs from row to row."""
+_KEPT_BYTES = 1 << 30
+"""Memory for tensors as they were quantized: doing that again costs as much as scoring a thousand tokens."""
+_LEAST_TOKENS, _SHARE = 512, 4
+"""Step 2 reads a quarter of the answer tokens of step 4, and not less than so many where step 4 does not either:
+more of them hardly change the plan (docs/quantization.md)."""
+_LOOK = 4
+"""Batches between two looks at whether a plan is behind: the same on any machine, or its search would differ."""
+_SURE = 2.0
+"""Standard errors by which a plan must be ahead. Without them, plans were taken that did well on the search's rows by
+chance, and lost on others a fifteenth of what the knapsack had gained (docs/quantization.md)."""
 _EXCHANGES = 16
 """Most exchanges of types that are tried at once."""
 
@@ -62,7 +77,7 @@ class Found:
     sensitivity: dict[str, float]
     """Per tensor: KL with it alone at its anchor type."""
     trials: int
-    """Whole plans that were measured."""
+    """Whole plans that were measured, wholly or until they were seen to be worse."""
     tokens: tuple[int, int]
     """Answer tokens of step 2 and of step 4."""
 
@@ -72,34 +87,45 @@ class _Weights:
 
     def __init__(self, overlay: Overlay, quantizer: Quantizer, importance: Mapping[str, Floats]) -> None:
         self.overlay, self._quantizer, self._importance = overlay, quantizer, importance
+        self._kept: dict[tuple[str, str, int], npt.NDArray[np.uint8]] = {}
+        """Rows from a start on as blocks of a type; what was used last comes last."""
 
     def errors(self, name: str, kinds: Sequence[str]) -> dict[str, float]:
-        """Sum of the squared errors of the weights at each type, each column weighed by its importance."""
-        return {
-            kind: sum(
-                float(((rounded - original) ** 2).sum(0, dtype=float) @ weights)
-                for _, original, rounded, weights in self._rounded(name, kind)
-            )
-            for kind in kinds
-        }
+        """Sum of the squared errors of a sample of the rows at each type, each column weighed by its importance."""
+        found = dict.fromkeys(kinds, 0.0)
+        for part, weights in self._experts(name):
+            sample = slice(part.start, part.stop, max(1, (part.stop - part.start) // _SAMPLE))
+            original = self.overlay.original(name, sample)
+            columns = np.ones(original.shape[1], np.float32) if weights is None else weights
+            for kind in kinds:
+                rounded = self._quantizer.round_trip(kind, original, weights)
+                found[kind] += float(((rounded - original) ** 2).sum(0, dtype=float) @ columns)
+        return found
 
     def apply(self, name: str, kind: str) -> None:
-        for part, _, rounded, _ in self._rounded(name, kind):
-            self.overlay.write(name, rounded, part)
+        for expert, weights in self._experts(name):
+            for start in range(expert.start, expert.stop, _ROWS):
+                part = slice(start, min(start + _ROWS, expert.stop))
+                self.overlay.write(name, self._quantizer.read(kind, self._blocks(name, kind, part, weights)), part)
 
-    def _rounded(self, name: str, kind: str) -> Iterator[tuple[slice, Floats, Floats, Floats]]:
-        """Some rows after others, as they are and as `kind` holds them, with the importance of their columns."""
+    def _blocks(self, name: str, kind: str, part: slice, weights: Floats | None) -> npt.NDArray[np.uint8]:
+        key = (name, kind, part.start)
+        blocks = self._kept.pop(key, None)
+        if blocks is None:
+            blocks = self._quantizer.quantize(kind, self.overlay.original(name, part), weights)
+        self._kept[key] = blocks
+        while sum(kept.nbytes for kept in self._kept.values()) > _KEPT_BYTES:
+            del self._kept[next(iter(self._kept))]
+        return blocks
+
+    def _experts(self, name: str) -> Iterator[tuple[slice, Floats | None]]:
+        """Each expert's rows, or all, and the importance of their columns where there is any."""
         rows, width = self.overlay.shape(name)
         given = self._importance.get(name)
-        by_expert = None if given is None else given.reshape(-1, width)
-        per_expert = rows if by_expert is None else rows // len(by_expert)
-        for start in range(0, rows, per_expert):
-            weights = None if by_expert is None else by_expert[start // per_expert]
-            for at in range(start, start + per_expert, _ROWS):
-                part = slice(at, min(at + _ROWS, start + per_expert))
-                original = self.overlay.original(name, part)
-                rounded = self._quantizer.round_trip(kind, original, weights)
-                yield part, original, rounded, np.ones(width, np.float32) if weights is None else weights
+        by_expert = [None] if given is None else list(given.reshape(-1, width))
+        size = rows // len(by_expert)
+        for at, weights in enumerate(by_expert):
+            yield slice(at * size, (at + 1) * size), weights
 
 
 def choose(
@@ -119,14 +145,16 @@ def choose(
 ) -> Found:
     """The plan for the tensors of `stock` (types by llama-quantize, quantized ones only) within `budget` bytes.
 
-    `tokens` answer tokens in each of two sets of rows are scored. Raises DataError for too few rows, ModelError.
+    `tokens` answer tokens tell whole plans apart, fewer others what each tensor loses. Raises DataError for too few
+    rows, ModelError.
     """
     first, second = draw(rows, tokens)
     with open_overlay(gguf, llama=llama) as overlay:
         weights = _Weights(overlay, Quantizer(llama), importance)
         usable = {name: usable_kinds(shapes[name].shape[0], kinds, stock[name]) for name in stock}
         errors = _errors(weights, usable, journal, report)
-        sensitivity = _sensitivities(weights, usable, first, llama, journal, report)
+        with _Alone(weights, first, llama, journal) as alone:
+            sensitivity = _sensitivities(alone, usable, report)
         looked_up = {"token_embd.weight"} if "output.weight" in shapes else set()
         options = {
             name: {
@@ -144,7 +172,8 @@ def choose(
         with _divergence(overlay, second, llama) as divergence:
             trial = _Trial(weights, divergence, journal)
             stock_kl = trial.kl(dict(stock))
-            plan, kl = _improve(options, dict(stock), budget, trial, trials, report)
+            plan = _improve(options, dict(stock), budget, trial, trials, report)
+            kl = trial.kl(plan)
     return Found(
         plan=plan,
         kl=kl,
@@ -188,13 +217,17 @@ def anchor(kinds: Sequence[str]) -> str:
 
 
 def draw(rows: Sequence[Row], tokens: int) -> tuple[list[Row], list[Row]]:
-    """Two sets of rows with about `tokens` answer tokens each, from all over the list; fewer rows give smaller sets."""
+    """Two sets of rows from all over the list, in no order: for single tensors, and for whole plans with about `tokens`
+    answer tokens. Fewer rows give smaller sets."""
     if len(rows) < 2:
         raise DataError(f"{len(rows)} training rows: the search for types needs two at least")
+    single = max(min(tokens, _LEAST_TOKENS), tokens // _SHARE)
     total = sum(len(row.answer_ids) for row in rows)
-    share = min(1.0, 2 * tokens / total)
+    share = min(1.0, (single + tokens) / total)
     taken = rows if share == 1 else [rows[int(at / share)] for at in range(max(2, int(len(rows) * share)))]
-    return list(taken[0::2]), list(taken[1::2])
+    taken = Random(0).sample(list(taken), len(taken))  # noqa: S311 - nothing secret
+    first = min(max(1, round(len(taken) * single / (single + tokens))), len(taken) - 1)
+    return taken[:first], taken[first:]
 
 
 @contextlib.contextmanager
@@ -217,31 +250,38 @@ def _errors(
     return found
 
 
-def _sensitivities(
-    weights: _Weights,
-    usable: Mapping[str, Sequence[str]],
-    rows: Sequence[Row],
-    llama: LlamaCpp,
-    journal: Journal,
-    report: Reporter,
-) -> dict[str, float]:
-    def alone(scored: Callable[[], Divergence], name: str) -> float:
-        divergence = scored()
-        weights.apply(name, anchor(usable[name]))
+class _Alone:
+    """KL of the model with one tensor at a type and the rest as it was."""
+
+    def __init__(self, weights: _Weights, rows: Sequence[Row], llama: LlamaCpp, journal: Journal) -> None:
+        self._weights, self._journal = weights, journal
+        self._open = contextlib.ExitStack()
+        # Scoring what all is compared with takes a while: not where a run before this one has done it all.
+        self._divergence = cache(lambda: self._open.enter_context(_divergence(weights.overlay, rows, llama)))
+
+    def __enter__(self) -> "_Alone":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def kl(self, name: str, kind: str) -> float:
+        return float(self._journal.once(f"kl {name}", partial(self._measure, name, kind)))
+
+    def _measure(self, name: str, kind: str) -> float:
+        divergence = self._divergence()
+        self._weights.apply(name, kind)
         kl = float(divergence.measure().mean())
-        weights.overlay.restore(name)
+        self._weights.overlay.restore(name)
         # Rounding may take it below 0 where nothing is lost.
         return max(kl, 0.0)
 
-    with (
-        contextlib.ExitStack() as stack,
-        bar(report, "sensitivity of each tensor", total=len(usable), unit="tensor") as task,
-    ):
-        # Scoring what all is compared with takes a while: not where a run before this one has done it all.
-        scored = cache(lambda: stack.enter_context(_divergence(weights.overlay, rows, llama)))
-        found = {}
-        for name in usable:
-            found[name] = float(journal.once(f"kl {name}", partial(alone, scored, name)))
+
+def _sensitivities(alone: _Alone, usable: Mapping[str, Sequence[str]], report: Reporter) -> dict[str, float]:
+    found = {}
+    with bar(report, "sensitivity of each tensor", total=len(usable), unit="tensor") as task:
+        for name, kinds in usable.items():
+            found[name] = alone.kl(name, anchor(kinds))
             task.advance()
     return found
 
@@ -252,82 +292,74 @@ class _Trial:
     def __init__(self, weights: _Weights, divergence: Divergence, journal: Journal) -> None:
         self._weights, self._divergence, self._journal = weights, divergence, journal
         self._applied: Plan = {}
-        self.measured = 0
+        self._looks = [slice(at, at + _LOOK) for at in range(0, divergence.batches, _LOOK)]
+        self._seen: set[str] = set()
+
+    @property
+    def measured(self) -> int:
+        return len(self._seen)
 
     def kl(self, plan: Plan) -> float:
-        self.measured += 1
-        key = "plan " + " ".join(f"{name}={kind}" for name, kind in sorted(plan.items()))
+        """Mean over all answer tokens."""
+        return sum(float(self._rows(plan, look).sum()) for look in self._looks) / sum(self._divergence.row_lengths())
 
-        def measure() -> float:
+    def beats(self, plan: Plan, best: Plan) -> bool:
+        """Whether `plan` loses less, beyond doubt; measured no further than it is ahead."""
+        difference = np.empty(0)
+        for look in self._looks:
+            difference = np.append(difference, self._rows(plan, look) - self._rows(best, look))
+            if difference.mean() >= 0:
+                return False
+        return bool(difference.mean() < -_SURE * _standard_error(difference))
+
+    def _rows(self, plan: Plan, look: slice) -> npt.NDArray[np.float64]:
+        """KL of each row of some batches, summed over its answer tokens."""
+        text = " ".join(f"{name}={kind}" for name, kind in sorted(plan.items()))
+        digest = hashlib.sha256(text.encode()).hexdigest()[:24]
+        self._seen.add(digest)
+
+        def measure() -> list[float]:
             for name, kind in plan.items():
                 if self._applied.get(name) != kind:
                     self._weights.apply(name, kind)
                     self._applied[name] = kind
-            return float(self._divergence.measure().mean())
+            ends = np.cumsum(self._divergence.row_lengths(look))[:-1]
+            return [float(row.sum()) for row in np.split(self._divergence.measure(look), ends)]
 
-        return float(self._journal.once(key, measure))
+        return np.array(self._journal.once(f"plan {digest} from batch {look.start}", measure))
+
+
+def _standard_error(values: npt.NDArray[np.float64]) -> float:
+    return float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.inf
 
 
 def _improve(
     options: Mapping[str, Mapping[str, Option]],
     stock: Plan,
     budget: int,
-    trial: "_Trial",
+    trial: _Trial,
     trials: int,
     report: Reporter,
-) -> tuple[Plan, float]:
-    """The plan of least true KL that was found, within the budget, and that KL."""
+) -> Plan:
+    """The plan of least true KL that was found, within the budget."""
     time = plan_time(options, stock)
     plan = solve(options, budget, time)
-    best = trial.kl(plan)
+    if _bytes_of(options, stock) <= budget and trial.beats(stock, plan):
+        plan = stock
+    report.line(f"KL {trial.kl(plan):.5f} {'as stock' if plan == stock else 'by the losses of single tensors'}")
     with bar(report, "trying whole plans", total=trials, unit="plan") as task:
 
         def better(other: Plan, what: str) -> bool:
-            nonlocal plan, best
+            nonlocal plan
             task.advance()
-            found = trial.kl(other)
-            if found >= best:
+            if not trial.beats(other, plan):
                 return False
-            plan, best = other, found
-            report.line(f"KL {best:.5f} with {what}")
+            plan = other
+            report.line(f"KL {trial.kl(plan):.5f} with {what}")
             return True
 
-        factors = _scale_groups(options, budget, time, plan, better, trials=trials // 2)
-        scaled = _scaled(options, factors)
-        if _bytes_of(options, stock) <= budget:
-            better(dict(stock), "the stock types")
-        _exchange(scaled, budget, time, lambda: plan, better, trials=trials - trials // 2)
-    return plan, best
-
-
-def _scale_groups(
-    options: Mapping[str, Mapping[str, Option]],
-    budget: int,
-    time: float,
-    plan: Plan,
-    better: Callable[[Plan, str], bool],
-    *,
-    trials: int,
-) -> dict["_Key", float]:
-    """Scale the losses of one group after another, as long as the knapsack's answer to it is better; the factors."""
-    groups = _groups(options)
-    factors: dict[_Key, float] = {}
-    seen = [plan]
-    for size in _FACTORS:
-        for label, keys in groups.items():
-            for factor in (size, 1 / size):
-                if trials == 0:
-                    return factors
-                changed = factors | {key: factors.get(key, 1.0) * factor for key in keys}
-                other = solve(_scaled(options, changed), budget, time)
-                if other in seen:
-                    continue
-                seen.append(other)
-                trials -= 1
-                if better(other, f"{label} × {factor:.2f}"):
-                    factors = changed
-                    break
-    return factors
+        _exchange(options, budget, time, lambda: plan, better, trials=trials)
+    return plan
 
 
 def _exchange(
@@ -370,35 +402,6 @@ def _bytes_of(options: Mapping[str, Mapping[str, Option]], plan: Plan) -> int:
 
 _Key = tuple[str, str]
 """Tensor and type."""
-
-
-def _groups(options: Mapping[str, Mapping[str, Option]]) -> dict[str, set[_Key]]:
-    """Sets of options whose losses may be wrong in the same way, by a name for a person."""
-    groups: dict[str, set[_Key]] = {}
-    layers = [int(found[1]) for name in options if (found := re.match(r"blk\.(\d+)\.", name))]
-    depth = max(layers, default=0) + 1
-    for name, kinds in options.items():
-        found = re.match(r"blk\.(\d+)\.(.+)", name)
-        keys = {(name, kind) for kind in kinds}
-        groups.setdefault((found[2] if found else name).removesuffix(".weight"), set()).update(keys)
-        if found:
-            part = ("first", "second", "third", "last")[int(found[1]) * 4 // depth]
-            groups.setdefault(f"the {part} quarter of the layers", set()).update(keys)
-        for kind in kinds:
-            groups.setdefault(kind, set()).add((name, kind))
-    # One group of all options is no choice.
-    whole = sum(len(kinds) for kinds in options.values())
-    return {label: keys for label, keys in groups.items() if len(keys) < whole}
-
-
-def _scaled(options: Mapping[str, Mapping[str, Option]], factors: Mapping[_Key, float]) -> dict[str, dict[str, Option]]:
-    return {
-        name: {
-            kind: Option(kind, option.bytes, option.loss * factors.get((name, kind), 1.0), option.time)
-            for kind, option in kinds.items()
-        }
-        for name, kinds in options.items()
-    }
 
 
 def render(plan: Plan) -> str:
