@@ -104,12 +104,14 @@ def maker(llama: LlamaCpp, model: Path, tmp_path: Path) -> Make:
     return bundle
 
 
-def around(llama: LlamaCpp, for_target: TargetProfile, out: Path) -> Path:
+def around(
+    llama: LlamaCpp, for_target: TargetProfile, out: Path, *, version: str = "1.0", eos: str = "<|fin|>"
+) -> Path:
     """A bundle of the tiny chat model, in `out`, with the programs that were built for a target."""
     facts = build.run(
-        build.BundleSettings(name="tiny", version="1.0", context=tiny_chat.CONTEXT),
+        build.BundleSettings(name="tiny", version=version, context=tiny_chat.CONTEXT),
         target=for_target,
-        gguf=tiny_chat.write_gguf(out / "model.gguf"),
+        gguf=tiny_chat.write_gguf(out / "model.gguf", eos=eos),
         quantize_facts={},
         ledger=None,
         golden=tiny_chat.golden(),
@@ -119,6 +121,15 @@ def around(llama: LlamaCpp, for_target: TargetProfile, out: Path) -> Path:
         report=Silent(),
     )
     return out / str(facts["folder"])
+
+
+def releases(llama: LlamaCpp, folder: Path) -> dict[str, Path]:
+    """Two good bundles, 1 and 2, and one, 3, whose answers do not end."""
+    made = {}
+    for name, version, eos in (("1", "1", "<|fin|>"), ("2", "2", "<|fin|>"), ("endless", "3", "<|other|>")):
+        (folder / version).mkdir()
+        made[name] = around(llama, read_target("x86-cpu"), folder / version, version=version, eos=eos)
+    return made
 
 
 def every_byte(folder: Path) -> dict[str, tuple[int, bytes]]:

@@ -245,7 +245,7 @@ def _try(service: Service, release: str, settings: Settings, say: Say, *, restar
     say(f"starting {release}")
     if restart:
         service.stop()
-    service.ensure(settings, bundle.manifest)
+    service.ensure(release)
     _wait_served(service, release, settings, serve.ready_timeout_s(bundle) + _MARGIN_S)
     say("it answers; trying it")
     report = smoke.live(bundle, _client(settings), say)
@@ -300,8 +300,7 @@ def _fall_back(service: Service, before: State, release: str, error: BaseExcepti
     back = None
     if before.good is not None:
         home.point("current", before.good)
-        settings = home.settings(before.good)
-        service.ensure(settings, files.open_bundle(home.folder(before.good)).manifest)
+        service.ensure(before.good)
         back = before.good
     else:
         service.stop(remove=True)

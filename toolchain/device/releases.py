@@ -34,10 +34,14 @@ _RELEASE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*-[0-9a-f]{12}", re.ASCII)
 
 
 def default_home() -> Path:
-    """/var/lib/edgectl for root, else a folder of the user's own."""
+    """/var/lib/edgectl for root, and for a user without a home, as services are; else a folder of the user's own."""
+    usual = Path("/var/lib/edgectl")
     if os.geteuid() == 0:
-        return Path("/var/lib/edgectl")
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "edgectl"
+        return usual
+    try:
+        return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "edgectl"
+    except RuntimeError:
+        return usual
 
 
 def release_name(manifest: dict[str, Any]) -> str:
@@ -138,7 +142,6 @@ class Home:
             raise DeviceError(f"{self._settings(release)} is damaged", hint="install the release again") from None
 
     def write_settings(self, release: str, settings: Settings) -> None:
-        self._settings(release).parent.mkdir(exist_ok=True)
         place.replace_json(self._settings(release), asdict(settings))
 
     def _settings(self, release: str) -> Path:
@@ -167,7 +170,7 @@ class Home:
     def make(self) -> None:
         """Make the folder, for everyone to read: the service runs as another user. Raises DeviceError."""
         try:
-            for folder in (self.root, self.releases, self.records):
+            for folder in (self.root, self.releases, self.records, self.root / "settings"):
                 folder.mkdir(parents=True, exist_ok=True)
                 folder.chmod(0o755)
         except OSError as error:
@@ -181,6 +184,7 @@ class Home:
         self.make()
         handle = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
+            os.fchmod(handle, 0o644)  # the service looks at it, whatever the umask was
             end_s = time.monotonic() + _LOCK_WAIT_S
             while not _try_lock(handle, fcntl.LOCK_EX):
                 if time.monotonic() > end_s:

@@ -28,8 +28,6 @@ _STOP_GRACE_S = 15.0
 _FAILURES = 2
 """So often a good release may fail to start before the one before it stands in."""
 _LOG_BYTES = 16 << 20
-CREDENTIAL = "api_key"
-"""What systemd's LoadCredential calls the file with the keys."""
 
 
 def note_path(home: Home, runtime: str | None) -> Path:
@@ -149,7 +147,7 @@ def _options(home: Home, release: str) -> list[str]:
     credentials = os.environ.get("CREDENTIALS_DIRECTORY")
     key_file = settings.api_key_file
     if key_file is not None and credentials:
-        key_file = str(Path(credentials, CREDENTIAL))
+        key_file = str(Path(credentials, release))  # as the unit's LoadCredential calls it
     return [*options, *(["--api-key-file", key_file] if key_file is not None else [])]
 
 
