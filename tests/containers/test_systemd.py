@@ -280,3 +280,23 @@ def test_a_first_release_that_was_cut_off_in_its_trial_is_not_served(machine: Ma
     assert machine.show("ActiveState") == "active"
     machine.install("1")
     assert machine.serves() == "1"
+
+
+def test_a_home_that_the_services_user_cannot_get_to_is_refused_before_anything_is_copied(machine: Machine) -> None:
+    machine.shell("mkdir -m 700 /home/jo")
+    refused = machine.edgectl("install", "--home", "/home/jo/edgectl")
+    assert refused.returncode == 2, refused.stderr
+    assert "the service's user cannot enter /home/jo" in refused.stderr
+    assert machine.says("ls", "/home/jo/edgectl/releases") == ""
+    machine.shell("chmod o+x /home/jo")
+    machine.install("1", "--home", "/home/jo/edgectl")
+    assert machine.serves() == "1"
+    assert machine.says("systemctl", "is-active", "edgectl-home-jo-edgectl.service") == "active"
+
+
+def test_a_plain_process_that_was_asked_for_stays_one(machine: Machine) -> None:
+    machine.install("1", "--service", "process")
+    machine.install("2")
+    assert machine.serves() == "2"
+    assert machine.status()["service"] == "process"
+    assert machine.run("ls", f"/etc/systemd/system/{UNIT}").returncode != 0

@@ -35,6 +35,7 @@ def install(
     """
     home = service.home
     with home.locked("install"), _disk_errors(home):
+        service.check_reachable()
         _recover(home, say)
         release = _stage(source, home, required, say)
         bundle = files.open_bundle(home.folder(release))

@@ -81,6 +81,18 @@ class Service:
         elif not self.runs():
             self._start_process()
 
+    def check_reachable(self) -> None:
+        """The service's user, who has no rights, can get to what it runs. Raises UsageError."""
+        if self.kind != "systemd":
+            return
+        for path, hint in ((Path(_python()), "run it by the system's python3"), (self.home.releases, "")):
+            for folder in path.parents:
+                if not folder.stat().st_mode & 0o001:
+                    raise UsageError(
+                        f"{path}: the service's user cannot enter {folder}",
+                        hint=hint or f"chmod o+x {folder}, or give another --home",
+                    )
+
     def _served(self, release: str) -> list["Served"]:
         """`release`, and those that are served instead without anybody writing a unit for them: when a trial is left
         alone, or when the good release does not start."""
