@@ -24,6 +24,7 @@ UNITS = Path("/etc/systemd/system")
 _SYSTEMD_RUNS = Path("/run/systemd/system")
 _TARGET = "multi-user.target"
 _TARGET_WANTS = f"{_TARGET}.wants"
+_OWN_ADDRESSES = {"127.0.0.1", "::1", "localhost"}
 _STOP_S = 30.0
 KINDS = ("systemd", "process")
 
@@ -200,9 +201,9 @@ def unit_text(home: Home, name: str, served: Sequence[Served]) -> str:
     first = served[0]
     argv = " ".join(_quoted(part) for part in supervisor_argv(home))
     hosts = {item.settings.host for item in served}
-    local = hosts <= {"127.0.0.1", "::1", "localhost"}
+    local = hosts <= _OWN_ADDRESSES
     # An address of one network can be listened on when that network is up.
-    online = not local and not hosts <= {"127.0.0.1", "::1", "localhost", "0.0.0.0", "::"}  # noqa: S104 - compared
+    online = not hosts <= {*_OWN_ADDRESSES, "0.0.0.0", "::"}  # noqa: S104 - compared, not bound
     gpu = any(item.manifest["runtime"]["backend"] != "CPU" for item in served)
     # A file that is gone would keep the unit from starting.
     keys = [(item.release, path) for item in served if (path := item.settings.api_key_file) and Path(path).is_file()]
