@@ -245,7 +245,7 @@ def unit_text(home: Home, name: str, served: Sequence[Served]) -> str:
         "RestrictRealtime=yes",
         "RestrictSUIDSGID=yes",
         "LockPersonality=yes",
-        # ProtectClock allows the clock's device, and with that no other; a GPU's driver maps memory to be run.
+        # By ProtectClock an older systemd allows the clock's device and no other; CUDA runs memory that it has written.
         *(_gpu_groups() if gpu else ["PrivateDevices=yes", "ProtectClock=yes", "MemoryDenyWriteExecute=yes"]),
         "SystemCallArchitectures=native",
         "SystemCallFilter=@system-service",
