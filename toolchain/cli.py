@@ -286,6 +286,16 @@ def base(arch: str, out: Path, force: bool, quiet: bool) -> None:
 
 @cli.command()
 @bundle_argument
+@click.option("--image", "reference", metavar="REF", required=True, help="The bundle's image, as Podman knows it.")
+def quadlet(bundle: Path, reference: str) -> None:
+    """Print a NAME.container file, by which Podman and systemd run a bundle's image as a service."""
+    from toolchain.bundle import quadlet as unit
+
+    click.echo(unit.text(bundle, reference=reference), nl=False)
+
+
+@cli.command()
+@bundle_argument
 @click.option(
     "--allowed-signers", type=click.Path(path_type=Path), metavar="F",
     help="Require a signature of one whom this file names, as in ssh-keygen(1).",

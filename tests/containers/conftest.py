@@ -37,10 +37,10 @@ def debian(docker: Engine) -> str:
     return DEBIAN
 
 
-def debian_archive() -> Path:
-    """Made once a month, and kept beside the builds of llama.cpp."""
+def debian_archive(*packages: str) -> Path:
+    """Debian with more `packages`. Made once a month, and kept beside the builds of llama.cpp."""
     month = datetime.datetime.now(tz=datetime.UTC).strftime("%Y-%m")
-    archive = cache_folder() / "tests" / f"debian-bookworm-{month}.tar"
+    archive = cache_folder() / "tests" / f"{'-'.join(['debian-bookworm', *packages, month])}.tar"
     if not archive.is_file():
         if shutil.which("debootstrap") is None or os.geteuid() != 0:
             message = "a base needs debootstrap, and root: apt-get install debootstrap"
@@ -49,8 +49,12 @@ def debian_archive() -> Path:
             pytest.skip(message)
         archive.parent.mkdir(parents=True, exist_ok=True)
         root = archive.with_suffix(f".{os.getpid()}")
+        more = [f"--include={','.join(packages)}"] if packages else []
         made = subprocess.run(
-            ["debootstrap", "--variant=minbase", "bookworm", str(root)], capture_output=True, text=True, check=False
+            ["debootstrap", "--variant=minbase", *more, "bookworm", str(root)],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert made.returncode == 0, made.stdout[-2000:]
         draft = root.with_suffix(f".{os.getpid()}.tar")

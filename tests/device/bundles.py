@@ -109,6 +109,7 @@ def around(
     for_target: TargetProfile,
     out: Path,
     *,
+    version: str = "1.0",
     system: str | None = None,
     context: int = tiny_chat.CONTEXT,
     **model: Any,
@@ -118,7 +119,7 @@ def around(
     `model`: what is to be other than usual in it.
     """
     facts = build.run(
-        build.BundleSettings(name="tiny", version="1.0", context=context, system=system),
+        build.BundleSettings(name="tiny", version=version, context=context, system=system),
         target=for_target,
         gguf=tiny_chat.write_gguf(out / "model.gguf", context=context, **model),
         quantize_facts={},
@@ -130,6 +131,15 @@ def around(
         report=Silent(),
     )
     return out / str(facts["folder"])
+
+
+def releases(llama: LlamaCpp, folder: Path) -> dict[str, Path]:
+    """Two good bundles, 1 and 2, and one, 3, whose answers do not end."""
+    made = {}
+    for name, version, eos in (("1", "1", "<|fin|>"), ("2", "2", "<|fin|>"), ("endless", "3", "<|other|>")):
+        (folder / version).mkdir()
+        made[name] = around(llama, read_target("x86-cpu"), folder / version, version=version, eos=eos)
+    return made
 
 
 def every_byte(folder: Path) -> dict[str, tuple[int, bytes]]:

@@ -15,15 +15,13 @@ from typing import Any
 
 import pytest
 
-from tests.device import bundles, tiny_chat
+from tests.device import bundles
 from tests.device.test_bundle_served import _ENVIRONMENT, _PYTHON
-from toolchain.bundle import build
 from toolchain.device import releases, serve, supervise
 from toolchain.device.client import Client
 from toolchain.device.errors import DeviceError
 from toolchain.errors import HostError
 from toolchain.gguf import llama_cpp
-from toolchain.reporter import Silent
 from toolchain.target import read_target
 
 pytestmark = [pytest.mark.device, pytest.mark.llama_cpp]
@@ -39,26 +37,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         llama = llama_cpp.find(read_target("x86-cpu").runtime.cmake)
     except HostError as error:
         pytest.skip(error.message)
-    place = tmp_path_factory.mktemp("bundles")
-
-    def bundle(version: str, eos: str = "<|fin|>") -> Path:
-        out = place / version
-        out.mkdir()
-        facts = build.run(
-            build.BundleSettings(name="tiny", version=version, context=tiny_chat.CONTEXT),
-            target=read_target("x86-cpu"),
-            gguf=tiny_chat.write_gguf(out / "model.gguf", eos=eos),
-            quantize_facts={},
-            ledger=None,
-            golden=tiny_chat.golden(),
-            lineage={},
-            llama=llama,
-            out=out,
-            report=Silent(),
-        )
-        return out / str(facts["folder"])
-
-    return {"1": bundle("1"), "2": bundle("2"), "endless": bundle("3", eos="<|other|>")}
+    return bundles.releases(llama, tmp_path_factory.mktemp("bundles"))
 
 
 @dataclass

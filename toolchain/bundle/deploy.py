@@ -48,6 +48,7 @@ _SENT = re.compile(r"Total bytes sent: ([\d,]+)")
 _QUESTION = f"""\
 import json, os, platform, shutil, sys
 from pathlib import Path
+SYSTEM_HOME = Path({str(releases.SYSTEM_HOME)!r})
 {inspect.getsource(releases.default_home)}
 release, home, staging = sys.argv[1:]
 login = os.path.expanduser("~" + os.environ.get("SUDO_USER", ""))

@@ -34,6 +34,8 @@ CREATED = "1970-01-01T00:00:00Z"
 _SECOND_NS = 1_000_000_000
 PLATFORMS = {"x86_64": {"architecture": "amd64"}, "aarch64": {"architecture": "arm64", "variant": "v8"}}
 _HEALTH = f"import urllib.request as r; r.urlopen('http://127.0.0.1:{PORT}/health', timeout=4)"
+HEALTH = ["python3", "-I", "-S", "-c", _HEALTH]
+"""What the image asks itself."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,7 @@ def _config(
             "ExposedPorts": {f"{PORT}/tcp": {}},
             "StopSignal": "SIGTERM",
             "Healthcheck": {
-                "Test": ["CMD", "python3", "-I", "-S", "-c", _HEALTH],
+                "Test": ["CMD", *HEALTH],
                 "Interval": 30 * _SECOND_NS,
                 "Timeout": 5 * _SECOND_NS,
                 "StartPeriod": int(start_s * _SECOND_NS),

@@ -35,6 +35,7 @@ def install(
     """
     home = service.home
     with home.locked("install"), _disk_errors(home):
+        service.check_reachable()
         _recover(home, say)
         release = _stage(source, home, required, say)
         bundle = files.open_bundle(home.folder(release))
@@ -249,7 +250,7 @@ def _try(service: Service, release: str, settings: Settings, say: Say, *, restar
     say(f"starting {release}")
     if restart:
         service.stop()
-    service.ensure(settings, bundle.manifest)
+    service.ensure(release)
     _wait_served(service, release, settings, serve.ready_timeout_s(bundle) + _MARGIN_S)
     say("it answers; trying it")
     report = smoke.live(bundle, _client(settings), say)
@@ -304,8 +305,7 @@ def _fall_back(service: Service, before: State, release: str, error: BaseExcepti
     back = None
     if before.good is not None:
         home.point("current", before.good)
-        settings = home.settings(before.good)
-        service.ensure(settings, files.open_bundle(home.folder(before.good)).manifest)
+        service.ensure(before.good)
         back = before.good
     else:
         service.stop(remove=True)

@@ -37,10 +37,13 @@ SYSTEM_HOME = Path("/var/lib/edgectl")
 
 
 def default_home() -> Path:
-    """The system's for root, else a folder of the user's own."""
+    """The system's for root, and for a user without a home, as services are; else a folder of the user's own."""
     if os.geteuid() == 0:
         return SYSTEM_HOME
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "edgectl"
+    try:
+        return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "edgectl"
+    except RuntimeError:
+        return SYSTEM_HOME
 
 
 def release_name(manifest: dict[str, Any]) -> str:
@@ -141,7 +144,6 @@ class Home:
             raise DeviceError(f"{self._settings(release)} is damaged", hint="install the release again") from None
 
     def write_settings(self, release: str, settings: Settings) -> None:
-        self._settings(release).parent.mkdir(exist_ok=True)
         place.replace_json(self._settings(release), asdict(settings))
 
     def _settings(self, release: str) -> Path:
@@ -170,7 +172,7 @@ class Home:
     def make(self) -> None:
         """Make the folder, for everyone to read: the service runs as another user. Raises DeviceError."""
         try:
-            for folder in (self.root, self.releases, self.records):
+            for folder in (self.root, self.releases, self.records, self.root / "settings"):
                 folder.mkdir(parents=True, exist_ok=True)
                 folder.chmod(0o755)
         except OSError as error:
@@ -184,6 +186,7 @@ class Home:
         self.make()
         handle = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
+            os.fchmod(handle, 0o644)  # the service looks at it, whatever the umask was
             end_s = time.monotonic() + _LOCK_WAIT_S
             while not _try_lock(handle, fcntl.LOCK_EX):
                 if time.monotonic() > end_s:

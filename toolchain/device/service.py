@@ -1,12 +1,16 @@
 """Keep the supervisor running: a systemd unit where systemd is the init and we are root, else a plain process."""
 
+import contextlib
 import fcntl
+import grp
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +22,20 @@ from .serve import check_listen
 
 UNITS = Path("/etc/systemd/system")
 _SYSTEMD_RUNS = Path("/run/systemd/system")
+_TARGET = "multi-user.target"
+_TARGET_WANTS = f"{_TARGET}.wants"
+_OWN_ADDRESSES = {"127.0.0.1", "::1", "localhost"}
 _STOP_S = 30.0
 KINDS = ("systemd", "process")
+
+
+@dataclass(frozen=True)
+class Served:
+    """A release that the unit must let work."""
+
+    release: str
+    settings: Settings
+    manifest: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -36,7 +52,7 @@ class Service:
         root = self.home.root
         if root == SYSTEM_HOME:
             return "edgectl"
-        return "edgectl-" + "".join(letter if letter.isalnum() else "-" for letter in str(root).strip("/"))
+        return "edgectl-" + re.sub(r"[^A-Za-z0-9]", "-", str(root).strip("/"))
 
     @property
     def unit(self) -> Path:
@@ -47,19 +63,49 @@ class Service:
         """Where the supervisor says what it does."""
         return supervise.note_path(self.home, f"/run/{self.name}" if self.kind == "systemd" else None)
 
-    def ensure(self, settings: Settings, manifest: dict[str, Any]) -> None:
-        """The supervisor runs, with the address and key of `settings`. Raises DeviceError."""
+    def ensure(self, release: str) -> None:
+        """The supervisor runs, and may serve `release` and what can take its place. Raises DeviceError."""
+        served = self._served(release)
+        settings = served[0].settings
         check_listen(settings.host, settings.port, has_key=settings.api_key_file is not None)
         if self.kind == "systemd":
-            text = unit_text(self.home, self.name, settings, manifest)
+            text = unit_text(self.home, self.name, served)
             changed = not self.unit.is_file() or self.unit.read_text(encoding="utf-8") != text
             if changed:
                 place.replace(self.unit, text)
                 _systemctl("daemon-reload")
             _systemctl("enable", "--quiet", self.unit.name)
+            for folder in (UNITS, UNITS / _TARGET_WANTS):
+                place.sync(folder)
             _systemctl("restart" if changed else "start", self.unit.name)
         elif not self.runs():
             self._start_process()
+
+    def check_reachable(self) -> None:
+        """The service's user, who has no rights, can get to what it runs. Raises UsageError."""
+        if self.kind != "systemd":
+            return
+        for path, hint in ((Path(_python()), "run it by the system's python3"), (self.home.releases, "")):
+            for folder in path.parents:
+                if not folder.stat().st_mode & 0o001:
+                    raise UsageError(
+                        f"{path}: the service's user cannot enter {folder}",
+                        hint=hint or f"chmod o+x {folder}, or give another --home",
+                    )
+
+    def _served(self, release: str) -> list["Served"]:
+        """`release`, and those that are served instead without anybody writing a unit for them: when a trial is left
+        alone, or when the good release does not start."""
+        state = self.home.state()
+        served = [self._facts(release)]
+        for other in (state.good, state.previous):
+            if other is not None and other != release:
+                with contextlib.suppress(DeviceError):  # damaged: it will not be served
+                    served.append(self._facts(other))
+        return served
+
+    def _facts(self, release: str) -> "Served":
+        return Served(release, self.home.settings(release), files.open_bundle(self.home.folder(release)).manifest)
 
     def runs(self) -> bool:
         """Whether a supervisor holds the home."""
@@ -83,6 +129,8 @@ class Service:
             if remove and self.unit.is_file():
                 self.unit.unlink()
                 _systemctl("daemon-reload")
+                with contextlib.suppress(DeviceError):  # it is known no more, unless its end was a failure
+                    _systemctl("reset-failed", self.unit.name)
             return
         pid = supervise.read_note(self.note).get("pid")
         if not self.runs() or not isinstance(pid, int):
@@ -119,13 +167,22 @@ def find(home: Home, kind: str | None) -> Service:
         why = "systemd is not this machine's init" if root else "a unit is written by root"
         raise UsageError(f"--service systemd: {why}", hint="leave it out: a plain process is started instead")
     if kind is None:
-        kind = "systemd" if root and _SYSTEMD_RUNS.is_dir() and shutil.which("systemctl") else "process"
+        usual = Service(home, "systemd")
+        has_systemd = root and _SYSTEMD_RUNS.is_dir() and shutil.which("systemctl")
+        # A plain process that was asked for and runs stays one.
+        kind = "systemd" if has_systemd and (usual.unit.is_file() or not usual.runs()) else "process"
     return Service(home, kind)
+
+
+def _python() -> str:
+    """The interpreter that runs this, by the name that it keeps when the system is upgraded."""
+    running, lasting = os.path.realpath(sys.executable), "/usr/bin/python3"
+    return lasting if os.path.realpath(lasting) == running else running
 
 
 def supervisor_argv(home: Home) -> list[str]:
     return [
-        os.path.realpath(sys.executable),
+        _python(),
         "-I",
         "-S",
         str(home.service / "edgectl"),
@@ -135,19 +192,25 @@ def supervisor_argv(home: Home) -> list[str]:
     ]
 
 
-def unit_text(home: Home, name: str, settings: Settings, manifest: dict[str, Any]) -> str:
-    """The systemd unit: a user without rights, who can write nothing and not grow.
+def unit_text(home: Home, name: str, served: Sequence[Served]) -> str:
+    """The systemd unit: a user without rights, who can write nothing and not grow. What any of `served` needs, all get.
 
     systemd.exec(5), systemd.resource-control(5). What an older systemd does not know, it passes over with a warning.
     """
+    first = served[0]
     argv = " ".join(_quoted(part) for part in supervisor_argv(home))
-    local = settings.host in ("127.0.0.1", "::1", "localhost")
-    gpu = manifest["runtime"]["backend"] != "CPU"
+    hosts = {item.settings.host for item in served}
+    local = hosts <= _OWN_ADDRESSES
+    # An address of one network can be listened on when that network is up.
+    online = not hosts <= {*_OWN_ADDRESSES, "0.0.0.0", "::"}  # noqa: S104 - compared, not bound
+    gpu = any(item.manifest["runtime"]["backend"] != "CPU" for item in served)
+    # A file that is gone would keep the unit from starting.
+    keys = [(item.release, path) for item in served if (path := item.settings.api_key_file) and Path(path).is_file()]
     lines = [
         "# Written by edgectl install; edgectl uninstall takes it away.",
         "[Unit]",
-        f"Description={manifest['name']}, a language model on {settings.host}:{settings.port}",
-        "After=network.target",
+        f"Description={first.manifest['name']}, a language model on {first.settings.host}:{first.settings.port}",
+        *(["Wants=network-online.target", "After=network-online.target"] if online else ["After=network.target"]),
         "StartLimitIntervalSec=0",
         "",
         "[Service]",
@@ -155,11 +218,12 @@ def unit_text(home: Home, name: str, settings: Settings, manifest: dict[str, Any
         "Restart=always",
         "RestartSec=1",
         "TimeoutStopSec=30",
+        "SuccessExitStatus=143",
         "KillMode=mixed",
         "DynamicUser=yes",
         f"RuntimeDirectory={name}",
-        *([f"LoadCredential={supervise.CREDENTIAL}:{settings.api_key_file}"] if settings.api_key_file else []),
-        f"MemoryMax={memory_limit_bytes(manifest)}",
+        *(f"LoadCredential={release}:{path.replace('%', '%%')}" for release, path in keys),
+        f"MemoryMax={max(memory_limit_bytes(item.manifest) for item in served)}",
         "MemorySwapMax=0",
         "OOMPolicy=continue",
         "TasksMax=512",
@@ -169,19 +233,19 @@ def unit_text(home: Home, name: str, settings: Settings, manifest: dict[str, Any
         # A home below /home or /root must stay readable.
         "ProtectHome=read-only",
         "PrivateTmp=yes",
-        f"PrivateDevices={'no' if gpu else 'yes'}",
         "ProtectKernelTunables=yes",
         "ProtectKernelModules=yes",
         "ProtectKernelLogs=yes",
         "ProtectControlGroups=yes",
-        "ProtectClock=yes",
         "ProtectHostname=yes",
+        "ProtectProc=invisible",
         "RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX",
         "RestrictNamespaces=yes",
         "RestrictRealtime=yes",
         "RestrictSUIDSGID=yes",
         "LockPersonality=yes",
-        *([] if gpu else ["MemoryDenyWriteExecute=yes"]),
+        # By ProtectClock an older systemd allows the clock's device and no other; CUDA runs memory that it has written.
+        *(_gpu_groups() if gpu else ["PrivateDevices=yes", "ProtectClock=yes", "MemoryDenyWriteExecute=yes"]),
         "SystemCallArchitectures=native",
         "SystemCallFilter=@system-service",
         "SystemCallErrorNumber=EPERM",
@@ -189,9 +253,15 @@ def unit_text(home: Home, name: str, settings: Settings, manifest: dict[str, Any
         *(["IPAddressDeny=any", "IPAddressAllow=localhost"] if local else []),
         "",
         "[Install]",
-        "WantedBy=multi-user.target",
+        f"WantedBy={_TARGET}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _gpu_groups() -> list[str]:
+    """Groups that a GPU's devices belong to, as on a Jetson; an unknown one would keep the unit from starting."""
+    found = [name for name in ("video", "render") if name in {group.gr_name for group in grp.getgrall()}]
+    return [f"SupplementaryGroups={' '.join(found)}"] if found else []
 
 
 def memory_limit_bytes(manifest: dict[str, Any]) -> int:

@@ -25,11 +25,11 @@ from .serve import Restarts, die_with_parent
 
 _POLL_S = 0.1
 _STOP_GRACE_S = 15.0
+_LOCK_WAIT_S = 1.0
+"""Whoever asks whether there is a supervisor holds its lock for a moment."""
 _FAILURES = 2
 """So often a good release may fail to start before the one before it stands in."""
 _LOG_BYTES = 16 << 20
-CREDENTIAL = "api_key"
-"""What systemd's LoadCredential calls the file with the keys."""
 
 
 def note_path(home: Home, runtime: str | None) -> Path:
@@ -49,10 +49,15 @@ def read_note(path: Path) -> dict[str, Any]:
 def run(home: Home, say: Callable[[str], None]) -> None:
     """Until a signal ends it, which `cli` raises as an exception. Raises BusyError when there is one already."""
     handle = os.open(home.root, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise BusyError(f"{home.root} has a service that runs already", hint="edgectl status") from None
+    end_s = time.monotonic() + _LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > end_s:
+                raise BusyError(f"{home.root} has a service that runs already", hint="edgectl status") from None
+            time.sleep(0.01)
     note = note_path(home, os.environ.get("RUNTIME_DIRECTORY"))
     restarts, last, failures = Restarts(), None, 0
     while True:
@@ -149,7 +154,7 @@ def _options(home: Home, release: str) -> list[str]:
     credentials = os.environ.get("CREDENTIALS_DIRECTORY")
     key_file = settings.api_key_file
     if key_file is not None and credentials:
-        key_file = str(Path(credentials, CREDENTIAL))
+        key_file = str(Path(credentials, release))  # as the unit's LoadCredential calls it
     return [*options, *(["--api-key-file", key_file] if key_file is not None else [])]
 
 
