@@ -3,13 +3,29 @@
 import argparse
 import contextlib
 import json
+import os
 import signal
 import sys
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from . import bench, doctor, files, install, probe, releases, serve, signature, smoke, supervise, unpack, verify
+from . import (
+    bench,
+    doctor,
+    files,
+    install,
+    probe,
+    releases,
+    serve,
+    signature,
+    smoke,
+    supervise,
+    tune,
+    tuned,
+    unpack,
+    verify,
+)
 from . import service as service_module
 from .errors import DeviceError, UsageError
 
@@ -56,6 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     verb.add_argument("--port", type=int, default=8080, help="port to listen on (default: %(default)s)")
     verb.add_argument("--api-key-file", type=Path, metavar="F", help="file with the keys that are let in, one a line")
+    _tuned_home_option(verb)
+    verb.add_argument("--no-tuned", action="store_true", help="the presets' settings, whatever tune has found")
     verb.set_defaults(call=_serve)
 
     verb = verbs.add_parser("smoke", help="check that the bundle works on this machine")
@@ -69,6 +87,19 @@ def _parser() -> argparse.ArgumentParser:
         flag = "--" + name.replace("_", "-")
         verb.add_argument(flag, type=int, metavar="N", default=getattr(defaults, name), help="(default: %(default)s)")
     verb.set_defaults(call=_bench)
+    _json_option(verb)
+
+    known_best = tune.Options()
+    verb = verbs.add_parser("tune", help="find settings that serve faster on this very machine, and the same answers")
+    text = "the search ends before that (default: %(default)g)"
+    verb.add_argument("--minutes", type=float, metavar="N", default=known_best.minutes, help=text)
+    text = "memory that the server may take (default: 1.1 times what it takes with the presets)"
+    verb.add_argument("--max-memory-mib", type=int, metavar="N", default=known_best.max_memory_mib, help=text)
+    verb.add_argument("--again", action="store_true", help="measure anew what was tuned already")
+    text = "keep what is found while other programs use the processors: they always do here"
+    verb.add_argument("--under-load", action="store_true", help=text)
+    _tuned_home_option(verb)
+    verb.set_defaults(call=_tune)
     _json_option(verb)
 
     verb = verbs.add_parser("verify", help="check signature, every file and what the machine offers")
@@ -144,6 +175,12 @@ def _home_options(verb: argparse.ArgumentParser, *, service: bool = True) -> Non
         verb.add_argument("--service", choices=service_module.KINDS, help=text)
 
 
+def _tuned_home_option(verb: argparse.ArgumentParser) -> None:
+    home = os.environ.get(releases.HOME_VARIABLE) or releases.default_home()
+    text = "folder where tune keeps what it has found (default: %(default)s)"
+    verb.add_argument("--home", type=Path, default=Path(home), metavar="DIR", help=text)
+
+
 def _signer_options(verb: argparse.ArgumentParser) -> None:
     where = signature.MACHINE_POLICY
     text = (
@@ -164,7 +201,8 @@ def _print_json(record: dict[str, Any]) -> None:
 
 
 def _serve(bundle: files.Bundle, options: argparse.Namespace) -> int:
-    serve.run(bundle, host=options.host, port=options.port, key_file=options.api_key_file, say=_say)
+    found = None if options.no_tuned else tuned.find(options.home, bundle, _say)
+    serve.run(bundle, host=options.host, port=options.port, key_file=options.api_key_file, tuned=found, say=_say)
     return 0
 
 
@@ -289,6 +327,24 @@ def _bench(bundle: files.Bundle, options: argparse.Namespace) -> int:
         _print_json(record)
     else:
         print(bench.table(record))
+    return 0
+
+
+def _tune(bundle: files.Bundle, options: argparse.Namespace) -> int:
+    asked = tune.Options(
+        minutes=options.minutes,
+        max_memory_mib=options.max_memory_mib,
+        again=options.again,
+        under_load=options.under_load,
+    )
+    home = options.home.absolute()
+    if home.resolve().is_relative_to(bundle.root):
+        raise UsageError(f"--home {home}: is inside the bundle, whose files are sealed", hint="choose another folder")
+    record = tune.run(bundle, home, asked, _say)
+    if options.json:
+        _print_json(record)
+    else:
+        print(tune.table(record))
     return 0
 
 
