@@ -285,8 +285,6 @@ class _Search:
     def _asked(self, client: Client, server: serve.Server, repetitions: int, answers: bool) -> Block:
         first = client.stream_chat(self.golden[0]["messages"], temperature=0, max_tokens=1, ignore_eos=True)
         cold_start_s = first.sent_at_s + first.ttft_s - server.spawned_at_s
-        if not self.prompt:
-            self._choose(client)
         ttft_s, tpot_s = [], []
         for number in range(repetitions):
             read = client.stream_chat(self.prompt, temperature=0, max_tokens=1, ignore_eos=True)
@@ -294,19 +292,26 @@ class _Search:
             # An answer to its end and no further: behind it models repeat themselves, which flatters speculation.
             prompt = self.decoded[number % len(self.decoded)]
             tpot_s.append(client.stream_chat(prompt["messages"], **self._greedy(prompt)).tpot_s)
+        peak_rss_bytes = meter.memory_bytes(server.pid)["peak_rss_bytes"]
+        said = [client.stream_chat(prompt["messages"], **self._greedy(prompt)) for prompt in self.golden if answers]
+        if not self.prompt:
+            self._choose(client, [len(answer.token_at_s) for answer in said])
         return Block(
             score_s=[first + (_GENERATED_TOKENS - 1) * gap for first, gap in zip(ttft_s, tpot_s, strict=True)],
             ttft_s=ttft_s,
             tpot_s=tpot_s,
             cold_start_s=cold_start_s,
-            peak_rss_bytes=meter.memory_bytes(server.pid)["peak_rss_bytes"],
+            peak_rss_bytes=peak_rss_bytes,
             foreign_cpu_share=math.nan,
             seconds=math.nan,
-            answers=[self._answer(client, prompt)["text"] for prompt in self.golden] if answers else [],
+            answers=[answer.text for answer in said],
         )
 
-    def _choose(self, client: Client) -> None:
-        """The prompt to read, of the golden prompts' words, and the golden prompts whose answers are timed."""
+    def _choose(self, client: Client, lengths: Sequence[int]) -> None:
+        """The prompt to read, of the golden prompts' words, and the golden prompts whose answers are timed.
+
+        `lengths` are the tokens of the presets' answers.
+        """
         words = " ".join(prompt["messages"][-1]["content"] for prompt in self.golden).split()
         low, high = 1, self.prompt_tokens
         while low < high:
@@ -314,15 +319,10 @@ class _Search:
             fits = len(client.prompt_ids(_message(words, middle))) <= self.prompt_tokens
             low, high = (middle, high) if fits else (low, middle - 1)
         self.prompt = _message(words, low)
-        lengths = [self._answer(client, prompt)["tokens"] for prompt in self.golden]
         longest = sorted(range(len(lengths)), key=lambda number: -lengths[number])[:_DECODED_PROMPTS]
         self.decoded = [self.golden[number] for number in longest if lengths[number] > 1]
         if not self.decoded:
             raise DeviceError("no golden prompt is answered with more than one token: there is no speed to measure")
-
-    def _answer(self, client: Client, prompt: dict[str, Any]) -> dict[str, Any]:
-        streamed = client.stream_chat(prompt["messages"], **self._greedy(prompt))
-        return {"text": streamed.text, "tokens": len(streamed.token_at_s)}
 
     def _greedy(self, prompt: dict[str, Any]) -> dict[str, Any]:
         room = self.room - len(prompt["prompt_ids"])
@@ -335,7 +335,7 @@ class _Search:
     def base(self) -> None:
         """The presets' own answers, and how many of them another number of threads leaves as they are."""
         self.say("measuring the presets")
-        # The first start also chooses the prompts, which takes its time: its figures do not count.
+        # The first start chooses what is asked of all that follow.
         first = self.block(PRESETS, 0, self.search_end_s, answers=True)
         self.reference, self.answers_s = first.answers, first.seconds
         self.presets.append(self.block(PRESETS, _SINGLE_REPETITIONS, self.search_end_s))
