@@ -233,6 +233,8 @@ class _Search:
         self.room = int(model["context"]) // int(model["parallel"])
         self.prompt_tokens = min(_PROMPT_TOKENS, self.room - _GENERATED_TOKENS)
         self.golden = bundle.golden()[:_GOLDEN_PROMPTS]
+        if not self.golden:
+            raise DeviceError("the bundle has no golden prompts: it could not be told whether answers change")
         self.prompt: Messages = []
         self.decoded: list[dict[str, Any]] = []
         """The golden prompts with the longest answers: their tokens are timed."""
@@ -549,6 +551,7 @@ def _measured(
         conclusive = not late
     else:
         stay, conclusive = verdict(search.pairs, max_memory_mib=options.max_memory_mib, under_load=options.under_load)
+        conclusive = conclusive and (stay is None or not late)
         best.dropped = stay
     settings = None
     if best is not None and stay is None:
