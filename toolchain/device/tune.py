@@ -193,16 +193,21 @@ class Trial:
     dropped: str | None = None
 
 
-def over_budget(blocks: Sequence[Block], presets: Sequence[Block], max_memory_mib: int | None) -> str | None:
-    """What a candidate takes too much of, if anything. The least time of several starts counts: noise only adds."""
+def over_memory(blocks: Sequence[Block], presets: Sequence[Block], max_memory_mib: int | None) -> str | None:
+    """That a candidate takes more memory than is allowed."""
     taken, usual = (max(block.peak_rss_bytes or 0 for block in part) for part in (blocks, presets))
     limit = MEMORY_LIMIT * usual if max_memory_mib is None else max_memory_mib * 2**20
-    if taken > limit:
-        return f"takes {taken / 2**20:.0f} MiB of memory, {limit / 2**20:.0f} are allowed"
-    start_s, usual_s = (min(block.cold_start_s for block in part) for part in (blocks, presets))
-    if start_s > COLD_START_LIMIT * usual_s:
-        return f"starts cold in {start_s:.2f} s, the presets in {usual_s:.2f} s"
-    return None
+    if taken <= limit:
+        return None
+    return f"takes {taken / 2**20:.0f} MiB of memory, {limit / 2**20:.0f} are allowed"
+
+
+def slow_start(blocks: Sequence[Block], usual_s: float) -> str | None:
+    """That a candidate starts more slowly than is allowed. The least of several starts counts: noise only adds."""
+    start_s = min(block.cold_start_s for block in blocks)
+    if start_s <= COLD_START_LIMIT * usual_s:
+        return None
+    return f"starts cold in {start_s:.2f} s, the presets in {usual_s:.2f} s"
 
 
 @dataclass
@@ -342,7 +347,7 @@ class _Search:
         self.reference, self.answers_s = first.answers, first.seconds
         self.presets.append(self.block(PRESETS, _SINGLE_REPETITIONS, self.search_end_s))
         threads = serve.threads(self.bundle)
-        other = Candidate(threads=threads - 1 if threads > 1 else 2)
+        other = Candidate(threads=threads - 1 if threads > 1 else min(2, len(probe.usable_cpus())))
         try:
             answers = self.block(other, 0, self.search_end_s, answers=True).answers
         except DeviceError:
@@ -380,8 +385,12 @@ class _Search:
         trial.ratios.append(usual_s / percentile(block.score_s, 0.5))
         if block.answers:
             trial.same = same_answers(block.answers, self.reference)
-        asked = self.options.max_memory_mib
-        trial.dropped = over_budget(trial.blocks, self.presets, asked) or self.other_answers(trial)
+        trial.dropped = (
+            over_memory(trial.blocks, self.presets, self.options.max_memory_mib)
+            # One start or two against many: only what is slower than the slowest is out already.
+            or slow_start(trial.blocks, max(block.cold_start_s for block in self.presets))
+            or self.other_answers(trial)
+        )
         self.say(
             f"{trial.candidate}: {trial.ratios[-1]:.2f} × as fast" + (f", {trial.dropped}" if trial.dropped else "")
         )
@@ -458,7 +467,8 @@ def verdict(
         return f"there was no time for {_FEWEST_PAIRS} pairs", False
     if foreign > meter.MAX_FOREIGN_SHARE and not under_load:
         return f"other programs used {foreign:.0%} of the processors", False
-    over = over_budget([pair.tuned for pair in pairs], [pair.presets for pair in pairs], max_memory_mib)
+    new, old = [pair.tuned for pair in pairs], [pair.presets for pair in pairs]
+    over = over_memory(new, old, max_memory_mib) or slow_start(new, min(block.cold_start_s for block in old))
     if over is not None:
         return over, True
     gain, low, high = interval([pair.ratio for pair in pairs])
