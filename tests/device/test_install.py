@@ -17,7 +17,7 @@ import pytest
 
 from tests.device import bundles
 from tests.device.test_bundle_served import _ENVIRONMENT, _PYTHON
-from toolchain.device import releases, serve, supervise
+from toolchain.device import files, probe, releases, serve, supervise, tuned
 from toolchain.device.client import Client
 from toolchain.device.errors import DeviceError
 from toolchain.errors import HostError
@@ -170,8 +170,6 @@ def _reseal(folder: Path, manifest: dict[str, Any]) -> None:
     """As whoever breaks a bundle on purpose would: every digest fits."""
     import hashlib
 
-    from toolchain.device import files
-
     for name, facts in manifest["files"].items():
         facts["sha256"], facts["bytes"] = files.sha256(folder / name), (folder / name).stat().st_size
     manifest["bundle_id"] = files.bundle_id(manifest)
@@ -229,8 +227,6 @@ def test_install_killed_at_every_step_leaves_a_good_release_in_service(device: D
 
 
 def device_problems(folder: Path) -> list[str]:
-    from toolchain.device import files
-
     return files.problems(files.open_bundle(folder))
 
 
@@ -344,6 +340,27 @@ def test_another_port_for_the_same_release_is_taken_up(device: Device) -> None:
     device.install("1")
     assert device.serves() == "1"
     assert device.status()["previous"] is None
+
+
+def test_the_service_uses_what_tune_has_found_and_the_record_goes_with_the_release(device: Device) -> None:
+    bundle, machine = files.open_bundle(device.bundles["1"]), tuned.fingerprint(probe.probe())
+    known = {"bundle": bundle.id, "device": machine}
+    settings = {**known, "threads": 1, "arguments": ["--ubatch-size", "128"], "gain": 1.5}
+    path = tuned.record_path(device.root, bundle.id, machine)
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({**known, "schema_version": 1, "conclusive": True, "tuned": settings}))
+    device.install("1")
+    argv = Path(f"/proc/{device.server()}/cmdline").read_bytes().decode().split("\0")
+    assert argv[argv.index("--threads") + 1] == "1"
+    assert argv[argv.index("--ubatch-size") + 1] == "128"
+    assert "settings: tuned, 1.50 × as fast: --threads 1 --ubatch-size 128" in device.log()
+    device.install("2")
+    assert "settings: the presets'" in device.log()
+    home = releases.Home(device.root)
+    home.write_state(releases.State(good=device.release("2").name))
+    assert path.exists()
+    assert device.edgectl("gc").returncode == 0
+    assert not path.exists()
 
 
 def test_a_second_installation_waits_or_is_refused(device: Device) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -69,6 +70,8 @@ def _add_serve(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     verb.add_argument("--port", type=int, default=8080, help="port to listen on (default: %(default)s)")
     verb.add_argument("--api-key-file", type=Path, metavar="F", help="file with the keys that are let in, one a line")
+    _tuned_home_option(verb)
+    verb.add_argument("--no-tuned", action="store_true", help="the presets' settings, whatever tune has found")
     verb.set_defaults(call=_serve)
 
 
@@ -99,6 +102,22 @@ def _add_bench(verb: argparse.ArgumentParser) -> None:
 def _add_gate(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("record", type=Path, metavar="RECORD", help="what bench --out wrote")
     verb.set_defaults(call=_gate)
+    _json_option(verb)
+
+
+def _add_tune(verb: argparse.ArgumentParser) -> None:
+    from . import tune
+
+    known_best = tune.Options()
+    text = "the search ends before that (default: %(default)g)"
+    verb.add_argument("--minutes", type=float, metavar="N", default=known_best.minutes, help=text)
+    text = "memory that the server may take (default: 1.1 times what it takes with the presets)"
+    verb.add_argument("--max-memory-mib", type=int, metavar="N", default=known_best.max_memory_mib, help=text)
+    verb.add_argument("--again", action="store_true", help="measure anew what was tuned already")
+    text = "keep what is found while other programs use the processors: they always do here"
+    verb.add_argument("--under-load", action="store_true", help=text)
+    _tuned_home_option(verb)
+    verb.set_defaults(call=_tune)
     _json_option(verb)
 
 
@@ -188,6 +207,14 @@ def _home_options(verb: argparse.ArgumentParser, *, service: bool = True) -> Non
         verb.add_argument("--service", choices=service_module.KINDS, help=text)
 
 
+def _tuned_home_option(verb: argparse.ArgumentParser) -> None:
+    from . import releases
+
+    home = os.environ.get(releases.HOME_VARIABLE) or releases.default_home()
+    text = "folder where tune keeps what it has found (default: %(default)s)"
+    verb.add_argument("--home", type=Path, default=Path(home), metavar="DIR", help=text)
+
+
 def _signer_options(verb: argparse.ArgumentParser) -> None:
     from . import signature
 
@@ -210,9 +237,10 @@ def _print_json(record: dict[str, Any]) -> None:
 
 
 def _serve(bundle: files.Bundle, options: argparse.Namespace) -> int:
-    from . import serve
+    from . import serve, tuned
 
-    serve.run(bundle, host=options.host, port=options.port, key_file=options.api_key_file, say=_say)
+    found = None if options.no_tuned else tuned.find(options.home, bundle, _say)
+    serve.run(bundle, host=options.host, port=options.port, key_file=options.api_key_file, tuned=found, say=_say)
     return 0
 
 
@@ -386,6 +414,26 @@ def _gate(bundle: files.Bundle, options: argparse.Namespace) -> int:
     return _GATE_CODES[report["verdict"]]
 
 
+def _tune(bundle: files.Bundle, options: argparse.Namespace) -> int:
+    from . import tune
+
+    asked = tune.Options(
+        minutes=options.minutes,
+        max_memory_mib=options.max_memory_mib,
+        again=options.again,
+        under_load=options.under_load,
+    )
+    home = options.home.absolute()
+    if home.resolve().is_relative_to(bundle.root):
+        raise UsageError(f"--home {home}: is inside the bundle, whose files are sealed", hint="choose another folder")
+    record = tune.run(bundle, home, asked, _say)
+    if options.json:
+        _print_json(record)
+    else:
+        print(tune.table(record))
+    return 0
+
+
 def _info(bundle: files.Bundle, options: argparse.Namespace) -> int:
     from . import probe, serve
 
@@ -413,6 +461,7 @@ _VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "serve": ("run the OpenAI-compatible server until Ctrl-C or SIGTERM", _add_serve),
     "smoke": ("check that the bundle works on this machine", _add_smoke),
     "bench": ("measure speed, cold start and memory", _add_bench),
+    "tune": ("find settings that serve faster on this very machine, and the same answers", _add_tune),
     "gate": ("hold a benchmark record to the bundle's budgets", _add_gate),
     "verify": ("check signature, every file and what the machine offers", _add_verify),
     "doctor": ("is this machine fit for the bundle right now, and in which state", _add_doctor),

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import files, place, serve, signature, smoke, supervise, unpack, verify
+from . import files, place, serve, signature, smoke, supervise, tuned, unpack, verify
 from .client import Client
 from .errors import DeviceError, RolledBackError, UsageError
 from .releases import Home, Settings, State, release_name
@@ -78,14 +78,14 @@ def gc(home: Home, *, say: Say) -> list[str]:
 def uninstall(service: Service, *, say: Say) -> None:
     """Stop the service and remove the releases and what is kept of them. What is not ours stays."""
     home = service.home
-    if not (home.releases.is_dir() or service.unit.is_file()):
+    if not (home.releases.is_dir() or service.unit.is_file() or (home.root / tuned.FOLDER).is_dir()):
         raise DeviceError(f"{home.root}: nothing is installed there", hint="--home names another folder")
     with home.locked("uninstall"):
         say("stopping the service")
         service.stop(remove=True)
         for link in ("current", "service"):
             (home.root / link).unlink(missing_ok=True)
-        for folder in ("releases", "settings", "records"):
+        for folder in ("releases", "settings", "records", tuned.FOLDER):
             shutil.rmtree(home.root / folder, ignore_errors=True)
         for name in ("state.json", "status.json", "service.log"):
             (home.root / name).unlink(missing_ok=True)

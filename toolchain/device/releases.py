@@ -5,8 +5,9 @@
       current → releases/…      what is to be served; another one than the good one is on trial
       service → releases/…      whose edgectl looks after the server
       state.json                which release was found good, and which one before it
-      settings/<release>.json   address and key of the server, tuned options
+      settings/<release>.json   address and key of the server
       records/                  what smoke and bench found
+      tuned/                    what tune found, by bundle and machine: see tuned.py
       lock                      held by whoever changes anything
 
 A release is on trial while `current` is not the good one. A trial belongs to the process that holds the lock: when that
@@ -25,10 +26,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from . import files, place
+from . import files, place, tuned
 from .errors import BusyError, DeviceError
 
 SCHEMA_VERSION = 1
+HOME_VARIABLE = "EDGECTL_HOME"
+"""Tells a release's edgectl which home it is served from. Not an option: an older release does not know it."""
 _LOCK_WAIT_S = 10.0
 _RELEASE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*-[0-9a-f]{12}", re.ASCII)
 
@@ -235,6 +238,8 @@ class Home:
         self.folder(release).rename(doomed)
         shutil.rmtree(doomed)
         self._settings(release).unlink(missing_ok=True)
+        for path in (self.root / tuned.FOLDER).glob(f"{release[-12:]}-*.json"):
+            path.unlink()
 
 
 def _try_lock(handle: int, kind: int) -> bool:

@@ -20,6 +20,7 @@ from typing import Any
 from . import probe
 from .errors import BusyError, DeviceError, UsageError
 from .files import Bundle, sha256
+from .tuned import Tuned
 
 _PR_SET_PDEATHSIG = 1
 _STOP_GRACE_S = 10.0
@@ -107,6 +108,10 @@ class Server:
         self._reader.join(1)
         return self._child.returncode, time.perf_counter() - start_s
 
+    def kill(self) -> None:
+        """End it at once, from another thread: whoever waits for its answer gets an OSError."""
+        self._child.kill()
+
     def last_error(self) -> str:
         """The server's last line at error level, or its last line."""
         lines = [line for line in self.log if line.strip()]
@@ -189,12 +194,17 @@ def start(
     port: int,
     key_file: Path | None = None,
     key: str | None = None,
+    thread_count: int | None = None,
     extra: Sequence[str] = (),
     on_line: Callable[[str], None] | None = None,
 ) -> Server:
-    """Start the bundle's server. Raises DeviceError, also where it would compute on something else than is promised."""
+    """Start the bundle's server. Raises DeviceError, also where it would compute on something else than is promised.
+
+    Of an option that is given twice llama-server takes the later one: `extra` overrides the presets.
+    """
     require_backend(bundle)
-    argv = [*server_argv(bundle, host=host, port=port, key_file=key_file), *extra]
+    command = server_argv(bundle, host=host, port=port, key_file=key_file, thread_count=thread_count)
+    argv = [*command, *extra]
     return Server(argv, host=host, port=port, cwd=bundle.root, key=key, on_line=on_line)
 
 
@@ -222,15 +232,17 @@ def require_backend(bundle: Bundle) -> None:
         )
 
 
-def server_argv(bundle: Bundle, *, host: str, port: int, key_file: Path | None) -> list[str]:
-    """The presets' command with its placeholders filled in."""
+def server_argv(
+    bundle: Bundle, *, host: str, port: int, key_file: Path | None, thread_count: int | None = None
+) -> list[str]:
+    """The presets' command with its placeholders filled in; `thread_count` when other than the presets'."""
     server: dict[str, Any] = bundle.presets()["server"]
     template = [*server["argv"], *(server["api_key_argv"] if key_file is not None else [])]
     values = {
         "bundle": str(bundle.root),
         "host": host,
         "port": str(port),
-        "threads": str(threads(bundle)),
+        "threads": str(threads(bundle) if thread_count is None else thread_count),
         "api_key_file": str(key_file),
     }
     return fill(template, values)
@@ -377,21 +389,44 @@ class Restarts:
         return float(min(self.LONGEST_S, self.FIRST_S * 2 ** (self._in_a_row - 1)))
 
 
-def run(bundle: Bundle, *, host: str, port: int, key_file: Path | None, say: Callable[[str], None]) -> None:
+def run(
+    bundle: Bundle,
+    *,
+    host: str,
+    port: int,
+    key_file: Path | None,
+    tuned: Tuned | None = None,
+    say: Callable[[str], None],
+) -> None:
     """Serve until a signal (raised as an exception by `cli`) ends it; a server that crashes is started again.
 
-    Raises DeviceError when it does not become ready, or crashes again and again.
+    With `tuned` settings, unless it does not start with them. Raises DeviceError when it does not become ready, or
+    crashes again and again.
     """
     keys = read_keys(key_file)
     check_address(host, port, has_key=bool(keys))
     restarts = Restarts()
+    say("settings: the presets'" if tuned is None else f"settings: tuned, {tuned.gain:.2f} × as fast: {tuned}")
     while True:
         start_s = time.monotonic()
-        by_environment = keys[0] if keys and key_file is None else None
         with start(
-            bundle, host=host, port=port, key_file=key_file and key_file.resolve(), key=by_environment, on_line=say
+            bundle,
+            host=host,
+            port=port,
+            key_file=key_file and key_file.resolve(),
+            key=keys[0] if keys and key_file is None else None,
+            thread_count=tuned.threads if tuned is not None else None,
+            extra=tuned.arguments if tuned is not None else (),
+            on_line=say,
         ) as server:
-            seconds = server.wait_ready(ready_timeout_s(bundle))
+            try:
+                seconds = server.wait_ready(ready_timeout_s(bundle))
+            except DeviceError as error:
+                if tuned is None:
+                    raise
+                say(f"{error.message}; the tuned settings are left out")
+                tuned = None
+                continue
             require_model(bundle, server, keys)
             shown = f"[{host}]" if ":" in host else host
             url, name = f"http://{shown}:{port}", bundle.manifest["name"]

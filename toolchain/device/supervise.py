@@ -20,7 +20,7 @@ from typing import Any
 
 from . import place
 from .errors import BusyError, DeviceError
-from .releases import Home
+from .releases import HOME_VARIABLE, Home
 from .serve import Restarts, die_with_parent
 
 _POLL_S = 0.1
@@ -100,6 +100,7 @@ def _serve(home: Home, release: str, wanted: str, note: Path, say: Callable[[str
     try:
         child = subprocess.Popen(
             argv,
+            env={**os.environ, HOME_VARIABLE: str(home.root)},
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
