@@ -119,6 +119,7 @@ def test_the_second_release_takes_over_and_the_first_comes_back_by_rollback(devi
     assert status["good"] == device.release("2").name == status["current"] == status["served"]
     assert status["previous"] == device.release("1").name
     assert (status["answers"], status["on_trial"], status["service_runs"]) == (True, False, True)
+    assert status["supervisor"] == {"release": status["good"], "state": "ready", "ended": None}
     assert device.edgectl("rollback").returncode == 0
     assert device.serves() == "1"
     assert device.edgectl("rollback").returncode == 0

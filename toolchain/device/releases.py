@@ -176,8 +176,9 @@ class Home:
         """Make the folder, for everyone to read: the service runs as another user. Raises DeviceError."""
         try:
             for folder in (self.root, self.releases, self.records, self.root / "settings"):
-                folder.mkdir(parents=True, exist_ok=True)
-                folder.chmod(0o755)
+                if not folder.is_dir():
+                    folder.mkdir(parents=True)
+                    folder.chmod(0o755)  # whatever the umask is; a folder of the user's own stays as it is
         except OSError as error:
             raise DeviceError(
                 f"{error.filename}: {error.strerror}", hint="run as root, or give a folder of yours: --home DIR"

@@ -282,9 +282,10 @@ def check_address(host: str, port: int, *, has_key: bool) -> None:
         raise UsageError(f"--host {host}: no such address") from None
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
+            free = free_port(host)
             raise BusyError(
                 f"port {port} on {host} is in use",
-                hint=f"port {free_port(host)} is free: ./edgectl serve --port {free_port(host)}",
+                hint=f"port {free} is free: ./edgectl serve --port {free}",
             ) from None
         raise DeviceError(f"cannot listen on {host} port {port}: {error.strerror}") from None
 

@@ -118,6 +118,8 @@ def _serve(home: Home, release: str, wanted: str, note: Path, say: Callable[[str
         for line in child.stderr:
             if line.startswith("error: "):
                 errors.append(line.removeprefix("error: ").rstrip("\n"))
+            if line.startswith("ready after "):
+                _write_note(note, release=release, state="ready", ended=None)
             _keep_log_short()
             say(line.rstrip("\n"))
 
