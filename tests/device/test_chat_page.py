@@ -251,7 +251,7 @@ def _wait_for(condition: Callable[[], bool]) -> None:
 
 def test_the_key_is_asked_for_refused_and_taken(bundle: Path, page: Browser, tmp_path: Path) -> None:
     key = tmp_path / "key"
-    key.write_text("öpen sesame\n", encoding="utf-8")
+    key.write_text("open sesame\n", encoding="utf-8")
     with serving(bundle, "--api-key-file", str(key)) as (_, port):
         page.open(f"http://127.0.0.1:{port}/")
         page.wait("document.activeElement.id === 'key'")
@@ -263,7 +263,7 @@ def test_the_key_is_asked_for_refused_and_taken(bundle: Path, page: Browser, tmp
         page.type("#question", "How are you?" + ENTER)
         page.wait(_IDLE)
         assert facts(page).startswith("The server asks for a key.")
-        page.type("#key", "öpen sesame" + ENTER)
+        page.type("#key", "open sesame" + ENTER)
         page.wait("!document.getElementById('access').checkVisibility() && turns.length === 2 && running === null")
         assert page.text("article:last-child .body") == tiny_chat.ANSWER
         assert page.text("#notice") == ""
