@@ -60,9 +60,10 @@ def _parser(asked: str | None) -> argparse.ArgumentParser:
     parser.set_defaults(takes_folder=False)
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     for name, (summary, add) in _VERBS.items():
-        verb = verbs.add_parser(name, help=summary)
-        if name == asked:
-            add(verb)
+        if asked not in _VERBS or name == asked:
+            verb = verbs.add_parser(name, help=summary)
+            if name == asked:
+                add(verb)
     return parser
 
 

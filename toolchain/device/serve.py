@@ -420,6 +420,7 @@ def run(
             extra=tuned.arguments if tuned is not None else (),
             on_line=say,
         ) as server:
+            digest = _Digest(bundle.model)
             try:
                 seconds = server.wait_ready(ready_timeout_s(bundle))
             except DeviceError as error:
@@ -428,7 +429,7 @@ def run(
                 say(f"{error.message}; the tuned settings are left out")
                 tuned = None
                 continue
-            require_model(bundle, server, keys)
+            require_model(bundle, server, keys, digest)
             shown = f"[{host}]" if ":" in host else host
             url, name = f"http://{shown}:{port}", bundle.manifest["name"]
             say(f"ready after {seconds:.2f} s: {name} on {url} (chat page) and {url}/v1 (API)")
@@ -441,7 +442,32 @@ def run(
         time.sleep(wait_s)
 
 
-def require_model(bundle: Bundle, server: Server, keys: Sequence[str]) -> None:
+class _Digest:
+    """SHA-256 of a file, taken aside while the server loads it, by a thread that gives way to everything else."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._found: list[str | OSError] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def result(self) -> str:
+        """In hex. Raises DeviceError."""
+        self._reader.join()
+        (found,) = self._found
+        if isinstance(found, OSError):
+            raise DeviceError(f"{self._path}: cannot be read: {found.strerror}")
+        return found
+
+    def _read(self) -> None:
+        try:
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # of this thread alone, and without any right
+            self._found.append(sha256(self._path))
+        except OSError as error:
+            self._found.append(error)
+
+
+def require_model(bundle: Bundle, server: Server, keys: Sequence[str], digest: _Digest) -> None:
     """The server has this bundle's model, and the file's bytes are those that were built. Raises DeviceError."""
     from .client import Client
 
@@ -452,8 +478,8 @@ def require_model(bundle: Bundle, server: Server, keys: Sequence[str]) -> None:
         raise DeviceError(f"llama-server no longer answers ({error}): {server.last_error()}") from error
     if not path.samefile(bundle.model):
         raise DeviceError(f"the server has loaded {path}, not the bundle's {bundle.model}")
-    digest = sha256(path)
-    if digest != bundle.manifest["model"]["sha256"]:
+    sha256_now = digest.result()
+    if sha256_now != bundle.manifest["model"]["sha256"]:
         raise DeviceError(
-            f"{path}: its bytes are not those that were built: sha256 {digest}", hint="copy the bundle again"
+            f"{path}: its bytes are not those that were built: sha256 {sha256_now}", hint="copy the bundle again"
         )
