@@ -13,9 +13,6 @@ import pytest
 from tests.containers.conftest import debian_archive
 from tests.containers.engine import Engine
 from tests.device import bundles
-from toolchain.errors import HostError
-from toolchain.gguf import llama_cpp
-from toolchain.target import read_target
 
 pytestmark = [pytest.mark.docker, pytest.mark.llama_cpp]
 KEY = "a key of this test"
@@ -61,10 +58,7 @@ def image(docker: Engine) -> str:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    try:
-        llama = llama_cpp.find(read_target("x86-cpu").runtime.cmake)
-    except HostError as error:
-        pytest.skip(error.message)
+    llama = bundles.x86_llama()
     folder = tmp_path_factory.mktemp("bundles")
     bundles.releases(llama, folder)
     return folder

@@ -8,9 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.device import tiny_chat
 from toolchain.bundle import build
 from toolchain.device import files
+from toolchain.errors import HostError
+from toolchain.gguf import llama_cpp
 from toolchain.gguf.llama_cpp import LlamaCpp
 from toolchain.reporter import Silent
 from toolchain.target import TargetProfile, read_target
@@ -63,6 +67,14 @@ LEDGER: dict[str, Any] = {
     "gates": [{"name": "KL(adapter ‖ merged)", "value": 1e-7, "limit": 1e-5, "passed": True}],
 }
 """In the form of ledger.json, with the gates as the pipeline adds them."""
+
+
+def x86_llama() -> LlamaCpp:
+    """The build for x86-cpu, which setting up makes; skips where there is none, with what makes it."""
+    try:
+        return llama_cpp.find(read_target("x86-cpu").runtime.cmake)
+    except HostError as error:
+        pytest.skip(error.message)
 
 
 def install(root: Path) -> LlamaCpp:

@@ -21,7 +21,6 @@ from tests.device import bundles, tiny_chat
 from toolchain.bundle import build
 from toolchain.device import files, serve
 from toolchain.device.errors import BusyError
-from toolchain.errors import HostError
 from toolchain.gguf import llama_cpp
 from toolchain.reporter import Silent
 from toolchain.target import read_target
@@ -34,10 +33,7 @@ _PROMPT = [{"role": "user", "content": "How are you?"}]
 
 @pytest.fixture(scope="session")
 def llama() -> llama_cpp.LlamaCpp:
-    try:
-        return llama_cpp.find(read_target("x86-cpu").runtime.cmake)
-    except HostError as error:
-        pytest.skip(error.message)
+    return bundles.x86_llama()
 
 
 Builder = Callable[..., Path]

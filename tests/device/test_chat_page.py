@@ -21,8 +21,6 @@ from tests.device import bundles, tiny_chat
 from tests.device.browser import CONTROL, ENTER, ESCAPE, SHIFT, TAB, Browser
 from tests.device.test_bundle_served import serving
 from toolchain.device import files, serve
-from toolchain.errors import HostError
-from toolchain.gguf import llama_cpp
 from toolchain.target import read_target
 
 pytestmark = [pytest.mark.device, pytest.mark.llama_cpp]
@@ -36,10 +34,7 @@ _Make = Callable[..., Path]
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory) -> _Make:
     """Builds a bundle around a tiny model."""
-    try:
-        llama = llama_cpp.find(read_target("x86-cpu").runtime.cmake)
-    except HostError as error:
-        pytest.skip(error.message)
+    llama = bundles.x86_llama()
     return lambda **more: bundles.around(llama, read_target("x86-cpu"), tmp_path_factory.mktemp("made"), **more)
 
 

@@ -20,9 +20,6 @@ from tests.device.test_bundle_served import _ENVIRONMENT, _PYTHON
 from toolchain.device import files, probe, releases, serve, supervise, tuned
 from toolchain.device.client import Client
 from toolchain.device.errors import DeviceError
-from toolchain.errors import HostError
-from toolchain.gguf import llama_cpp
-from toolchain.target import read_target
 
 pytestmark = [pytest.mark.device, pytest.mark.llama_cpp]
 _KILLER = Path(__file__).with_name("killer.py")
@@ -33,10 +30,7 @@ _RESTART_S = 20.0
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Two good bundles, and one whose answers do not end."""
-    try:
-        llama = llama_cpp.find(read_target("x86-cpu").runtime.cmake)
-    except HostError as error:
-        pytest.skip(error.message)
+    llama = bundles.x86_llama()
     return bundles.releases(llama, tmp_path_factory.mktemp("bundles"))
 
 

@@ -17,8 +17,6 @@ from toolchain.device import files, probe, releases, serve, tune, tuned
 from toolchain.device.client import Client
 from toolchain.device.errors import BusyError
 from toolchain.device.tune import Candidate
-from toolchain.errors import HostError
-from toolchain.gguf import llama_cpp
 from toolchain.target import read_target
 
 pytestmark = [pytest.mark.device, pytest.mark.llama_cpp]
@@ -30,10 +28,7 @@ _OTHER_EOS = ("--override-kv", "tokenizer.ggml.eos_token_id=int:258")
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle whose presets ask for more threads than there are processors: each waits for one that does not run."""
-    try:
-        llama = llama_cpp.find(read_target("x86-cpu").runtime.cmake)
-    except HostError as error:
-        pytest.skip(error.message)
+    llama = bundles.x86_llama()
     folder = bundles.around(llama, read_target("x86-cpu"), tmp_path_factory.mktemp("slow"))
     presets = json.loads((folder / "presets.json").read_text())
     presets["server"]["threads"] = (os.cpu_count() or 1) + 1

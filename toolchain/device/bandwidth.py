@@ -19,7 +19,7 @@ _ROUNDS = 5
 
 def read_gb_per_s(threads: int) -> float | None:
     """The best of five rounds, in 10⁹ bytes a second; None where there is no memory to spare, or no memchr."""
-    free = int(probe.probe()["memory_available_bytes"])
+    free = probe.memory_available_bytes()
     part = min(_MOST_BYTES, free // _SHARE_OF_FREE) // threads // mmap.PAGESIZE * mmap.PAGESIZE
     if part < 8 << 20:
         return None

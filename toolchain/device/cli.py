@@ -160,22 +160,15 @@ def _add_install(verb: argparse.ArgumentParser) -> None:
     _json_option(verb)
 
 
-def _add_rollback(verb: argparse.ArgumentParser) -> None:
-    _home_options(verb)
-    verb.set_defaults(call=_rollback, takes_folder=True)
-    _json_option(verb)
+def _add_on_releases(call: Callable[[Path, argparse.Namespace], int]) -> Callable[[argparse.ArgumentParser], None]:
+    """The options of a verb that works on the releases of a home and tells what it did."""
 
+    def add(verb: argparse.ArgumentParser) -> None:
+        _home_options(verb)
+        verb.set_defaults(call=call, takes_folder=True)
+        _json_option(verb)
 
-def _add_status(verb: argparse.ArgumentParser) -> None:
-    _home_options(verb)
-    verb.set_defaults(call=_status, takes_folder=True)
-    _json_option(verb)
-
-
-def _add_gc(verb: argparse.ArgumentParser) -> None:
-    _home_options(verb)
-    verb.set_defaults(call=_gc, takes_folder=True)
-    _json_option(verb)
+    return add
 
 
 def _add_uninstall(verb: argparse.ArgumentParser) -> None:
@@ -468,9 +461,9 @@ _VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "doctor": ("is this machine fit for the bundle right now, and in which state", _add_doctor),
     "unpack": ("unpack another bundle's archive, once it is found whole", _add_unpack),
     "install": ("put a bundle in service: stage, swap, start, try, keep or go back", _add_install),
-    "rollback": ("serve the release that was good before this one", _add_rollback),
-    "status": ("say what is installed and what is served", _add_status),
-    "gc": ("remove releases that are neither served nor needed for a rollback", _add_gc),
+    "rollback": ("serve the release that was good before this one", _add_on_releases(_rollback)),
+    "status": ("say what is installed and what is served", _add_on_releases(_status)),
+    "gc": ("remove releases that are neither served nor needed for a rollback", _add_on_releases(_gc)),
     "uninstall": ("stop the service and remove every release", _add_uninstall),
     "supervise": ("what the service runs: serve the release that is to be served", _add_supervise),
     "info": ("say what the bundle is and what this machine is", _add_info),

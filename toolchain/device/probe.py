@@ -85,6 +85,11 @@ def memory_bytes() -> int:
     return min(total, int(limit)) if limit and limit.isdigit() else total
 
 
+def memory_available_bytes() -> int:
+    """What programs could still take without swapping, as the kernel reckons."""
+    return _meminfo("MemAvailable")
+
+
 def _meminfo(key: str) -> int:
     match = re.search(rf"^{key}:\s+(\d+) kB", _text("/proc/meminfo") or "", re.MULTILINE)
     return int(match[1]) * 1024 if match else 0
@@ -245,7 +250,7 @@ def probe() -> dict[str, Any]:
         "physical_cores": physical_cores(),
         "cpu_quota": cpu_quota(),
         "memory_bytes": memory_bytes(),
-        "memory_available_bytes": _meminfo("MemAvailable"),
+        "memory_available_bytes": memory_available_bytes(),
         "kernel": platform.release(),
         "glibc": ".".join(map(str, version)) if version else None,
         "page_bytes": os.sysconf("SC_PAGE_SIZE"),
