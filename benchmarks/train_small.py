@@ -61,14 +61,14 @@ def documents(folders: list[Path]) -> Iterator[str]:
                 yield text
 
 
-def train_tokenizer(texts: list[str], size: int) -> bytes:
+def train_tokenizer(texts: list[str], size: int, *, prefix: bool) -> bytes:
     import sentencepiece
 
     model = io.BytesIO()
     lines = (line[:4000] for text in texts for line in text.splitlines() if line.strip())
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=lines, model_writer=model, model_type="bpe", vocab_size=size, byte_fallback=True,
-        normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False, split_digits=True,
+        normalization_rule_name="identity", add_dummy_prefix=prefix, remove_extra_whitespaces=False, split_digits=True,
         input_sentence_size=200_000, shuffle_input_sentence=True, unk_id=0, bos_id=1, eos_id=2, pad_id=3,
         unk_piece=SPECIAL[0], bos_piece=SPECIAL[1], eos_piece=SPECIAL[2], pad_piece=SPECIAL[3], minloglevel=2,
     )  # fmt: skip
@@ -131,15 +131,17 @@ def make_rows(texts: list[str], tokenizer: Any, count: int) -> list[Row]:
     ]
 
 
-def prepare(work: Path, texts: list[str], vocabulary: int, rows: int) -> None:
+def prepare(work: Path, texts: list[str], size: dict[str, Any], rows: int) -> None:
     """The tokenizer, the tokens to train on, and rows, in `work`."""
+    # llama.cpp's converter reads that there is no space before a text for Llama alone.
+    prefix = size.get("family") == "qwen3"
     held_out = texts[::50]
     train_texts = [text for at, text in enumerate(texts) if at % 50]
     made = work / "model"
     made.mkdir(parents=True)
-    proto = train_tokenizer(train_texts, vocabulary)
+    proto = train_tokenizer(train_texts, size["vocabulary"], prefix=prefix)
     (made / "tokenizer.model").write_bytes(proto)
-    tokenizer = tokenizer_of(proto, CHAT_TEMPLATE)
+    tokenizer = tokenizer_of(proto, CHAT_TEMPLATE, prefix=prefix)
     tokenizer.save_pretrained(made)
     path = made / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"add_bos_token": False, "add_eos_token": False}))
@@ -165,7 +167,7 @@ def main() -> None:
         texts = list(documents(given.text))
         if not texts:
             parser.error(f"no {TOKENS} in {given.work}, and no text below --text")
-        prepare(given.work, texts, size["vocabulary"], given.rows)
+        prepare(given.work, texts, size, given.rows)
     tokens = np.load(given.work / TOKENS)
     print(f"{len(tokens):,} tokens to train on", file=sys.stderr, flush=True)
     if given.prepare:
