@@ -35,6 +35,8 @@ _FEWEST_PAIRS, _MOST_PAIRS = 5, 12
 _BETWEEN_PRESETS = 3
 """Candidates that are measured between two measurements of the presets."""
 _COMBINED = 3
+_FEWEST_OF_MANY = 4
+"""Threads for tokens alone, where a machine has many cores."""
 _SEARCH_SHARE = 0.6
 """Of the time; the rest is for the comparison that decides."""
 _LIMIT_OF_PRESET, _LIMIT_EXTRA_S = 3.0, 5.0
@@ -107,6 +109,12 @@ def space(machine: Machine, preset_argv: Sequence[str], preset_threads: int, pro
     threads = [count for count in dict.fromkeys(counts) if count >= 1 and count != preset_threads]
     found = [Candidate(threads=count) for count in threads]
     found += [Candidate(arguments=("--threads-batch", str(count))) for count in threads if count > preset_threads]
+    # A token of a small model does not give many cores enough to do; a prompt does.
+    found += [
+        Candidate(threads=count, arguments=("--threads-batch", str(preset_threads)))
+        for count in (machine.physical_cores // 2, machine.physical_cores // 4)
+        if _FEWEST_OF_MANY <= count < preset_threads
+    ]
     if not machine.gpu:
         # On a GPU weights are not repacked. Repacked is the default.
         found.append(Candidate(arguments=("--no-repack",)))
