@@ -43,6 +43,10 @@ SHARED_FLAGS: Mapping[str, str | bool] = {
 C_LIBRARY_VARIANTS = ("__memcpy_*", "__memmove_*", "__memset_*")
 """Functions of glibc that it chooses among at start, by what the processor says that it can do (its ifuncs)."""
 
+BROKEN = ("libggml-cpu-sapphirerapids.so",)
+"""Libraries that no build keeps: this one is chosen wherever AMX is, and ends there by SIGILL, since the compiler drops
+the tile configuration that it makes on the stack (llama.cpp's pull request 26954). The next best one is as fast."""
+
 _LAYOUT = 1
 """Raise when the content of an installed build changes, so that older ones are built again."""
 
@@ -259,6 +263,8 @@ def install(sdist: Path, objects: Path, out: Path, cmake: Mapping[str, str | boo
         library = re.fullmatch(r"(.+\.so)(\.\d+)(\.[\d.]+)?", path.name)
         if library is None and ".so" not in path.name and path.name not in TARGETS:
             continue
+        if path.name in BROKEN:
+            continue
         target = binaries / (library[1] + library[2] if library else path.name)
         # CMake leaves "$ORIGIN:", and the empty entry after the colon would be the current directory.
         target.write_bytes(path.read_bytes().replace(b"$ORIGIN:\0", b"$ORIGIN\0\0"))
@@ -355,6 +361,15 @@ def _read(record: Path) -> dict[str, Any]:
 
 def _open(folder: Path) -> LlamaCpp:
     record = _read(folder / "build.json")
+    for name in BROKEN:
+        # A build from before it was known.
+        try:
+            (folder / "bin" / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise HostError(
+                f"{folder / 'bin' / name}: crashes, and cannot be removed: {error.strerror}",
+                hint=f"remove it as whoever may write there, or {_BUILD_HINT}",
+            ) from None
     return LlamaCpp(root=folder, commit=record["commit"], key=folder.name, flags=tuple(record["flags"]))
 
 
