@@ -37,9 +37,10 @@ def test_hyper_threads_are_tried_for_everything_and_for_prompts_alone() -> None:
     assert found == ["--threads 5", "--threads 12", "--threads-batch 12", *_FOUND]
 
 
-def test_many_cores_are_tried_for_prompts_alone() -> None:
+def test_of_many_cores_a_part_is_tried_for_everything_and_for_tokens_alone() -> None:
     found = _space(Machine(16, 16, gpu=False), _CPU_ARGV, 16)
-    assert found == ["--threads 15", "--threads 8 --threads-batch 16", "--threads 4 --threads-batch 16", *_FOUND]
+    half = ["--threads 8", "--threads 8 --threads-batch 16"]
+    assert found == ["--threads 15", *half, "--threads 4", "--threads 4 --threads-batch 16", *_FOUND]
 
 
 def test_a_profiles_own_number_of_threads_is_compared_with_the_cores() -> None:

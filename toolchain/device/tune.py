@@ -31,12 +31,14 @@ _GOLDEN_PROMPTS = 8
 _DECODED_PROMPTS = 4
 _SINGLE_REPETITIONS, _HALF_REPETITIONS, _LAST_REPETITIONS = 1, 2, 3
 _PAIR_REPETITIONS = 2
+_BLOCK_S = 1.5
+"""A server is asked again until it has been asked for so long: single answers of a fast one differ by a fifth."""
 _FEWEST_PAIRS, _MOST_PAIRS = 5, 12
 _BETWEEN_PRESETS = 3
 """Candidates that are measured between two measurements of the presets."""
 _COMBINED = 3
 _FEWEST_OF_MANY = 4
-"""Threads for tokens alone, where a machine has many cores."""
+"""Threads, where a machine has many cores."""
 _SEARCH_SHARE = 0.6
 """Of the time; the rest is for the comparison that decides."""
 _LIMIT_OF_PRESET, _LIMIT_EXTRA_S = 3.0, 5.0
@@ -110,11 +112,10 @@ def space(machine: Machine, preset_argv: Sequence[str], preset_threads: int, pro
     found = [Candidate(threads=count) for count in threads]
     found += [Candidate(arguments=("--threads-batch", str(count))) for count in threads if count > preset_threads]
     # A token of a small model does not give many cores enough to do; a prompt does.
-    found += [
-        Candidate(threads=count, arguments=("--threads-batch", str(preset_threads)))
-        for count in (machine.physical_cores // 2, machine.physical_cores // 4)
-        if _FEWEST_OF_MANY <= count < preset_threads
-    ]
+    for count in (machine.physical_cores // 2, machine.physical_cores // 4):
+        if _FEWEST_OF_MANY <= count < preset_threads and count not in threads:
+            prompts = ("--threads-batch", str(preset_threads))
+            found += [Candidate(threads=count), Candidate(threads=count, arguments=prompts)]
     if not machine.gpu:
         # On a GPU weights are not repacked. Repacked is the default.
         found.append(Candidate(arguments=("--no-repack",)))
@@ -301,7 +302,8 @@ class _Search:
         first = client.stream_chat(self.golden[0]["messages"], temperature=0, max_tokens=1, ignore_eos=True)
         cold_start_s = first.sent_at_s + first.ttft_s - server.spawned_at_s
         ttft_s, tpot_s = [], []
-        for number in range(repetitions):
+        started_s = time.monotonic()
+        while (number := len(ttft_s)) < repetitions or time.monotonic() - started_s < _BLOCK_S:
             read = client.stream_chat(self.prompt, temperature=0, max_tokens=1, ignore_eos=True)
             ttft_s.append(read.ttft_s)
             # An answer to its end and no further: behind it models repeat themselves, which flatters speculation.
