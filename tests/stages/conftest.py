@@ -1,5 +1,7 @@
 """What several files of this folder start from."""
 
+import sys
+
 import pytest
 
 from tests.stages.published import Published
@@ -19,3 +21,11 @@ def llama() -> llama_cpp.LlamaCpp:
 @pytest.fixture(scope="session")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Published:
     return Published(tmp_path_factory.mktemp("published"))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """So tiny a model gains nothing from more, and on a busy machine threads wait for each other."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(1)

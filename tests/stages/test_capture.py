@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.lines import Lines
 from tests.stages.gguf_files import to_gguf
 from tests.tiny import make_tiny_checkpoint
 from toolchain.data.rows import Message, Row, read_rows, write_rows
@@ -27,19 +28,6 @@ pytestmark = pytest.mark.stages
 
 QUESTIONS = [f"What does the command {name} do?" for name in ("ls", "cp", "mv", "scp", "tail", "ss", "git", "find")]
 EXACT = Capture(top_k=16, min_probability=0.0, value_bits=12, batch_tokens=128)
-
-
-class Lines(Silent):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

@@ -26,11 +26,6 @@ NAMES = ("ls", "cp", "mv", "scp", "tail", "ss", "git", "find", "range")
 TOKENS = 12
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Two students of one shape, a teacher, other questions, and held-out rows that the second student answered."""

@@ -20,6 +20,7 @@ pytest.importorskip("torch")
 
 import torch
 
+from tests.lines import Lines
 from tests.stages.gguf_files import to_gguf
 from tests.tiny import make_tiny_checkpoint
 from toolchain import errors
@@ -39,18 +40,8 @@ NAMES = ("ls", "cp", "mv", "scp", "tail", "ss", "git", "find", "range")
 
 
 @pytest.fixture(autouse=True)
-def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So tiny a model gains nothing from more, and on a busy machine threads wait for each other."""
-    torch.set_num_threads(1)
+def _one_core(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf_decode, "physical_cores", lambda: 1)
-
-
-class Lines(Silent):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
 
 
 def fresh(path: Path) -> Path:

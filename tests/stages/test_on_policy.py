@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.lines import Lines
 from tests.tiny import make_tiny_checkpoint
 from toolchain.data.rows import Message, Row, read_rows, write_rows
 from toolchain.errors import DataError, HostError, ModelError
@@ -25,19 +26,6 @@ EOS = 2
 PHASE = OnPolicy(steps=8, batch_size=3, learning_rate=1e-2, max_new_tokens=12, checkpoint_every_steps=3)
 MIXED = PHASE.model_copy(update={"student_share": 0.5})
 TRAINING = Distill(precision="float32", lora_rank=4, lora_alpha=8.0, lora_dropout=0.1, warmup_share=0.0)
-
-
-class Lines(Silent):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def _rows(tokenizer: Any) -> list[Row]:

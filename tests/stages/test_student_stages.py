@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.lines import Lines
 from tests.tiny import make_tiny_checkpoint
 from toolchain.data.rows import read_rows
 from toolchain.errors import ArtifactError, GateError, ModelError, RecipeError
@@ -41,19 +42,6 @@ TRAINING = Distill(
     log_every_steps=5,
     lora_dropout=0.1,
 )
-
-
-class Lines(Silent):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def _fresh(path: Path) -> Path:

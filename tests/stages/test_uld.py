@@ -40,11 +40,6 @@ TRAINING = Distill(
 )
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A teacher with a byte-level tokenizer, a student with a SentencePiece one, rows in the student's tokens."""

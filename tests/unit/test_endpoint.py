@@ -16,11 +16,11 @@ import pytest
 
 pytest.importorskip("httpx")
 
+from tests.lines import Lines
 from toolchain.data.answers import Candidate
 from toolchain.data.rows import Message
 from toolchain.errors import DataError, EndpointError, ToolchainError
 from toolchain.recipe import Endpoint, Generate
-from toolchain.reporter import Silent
 from toolchain.teacher import endpoint as client
 from toolchain.teacher.journal import Journal, Prompt
 
@@ -122,14 +122,6 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         made.end.set()
         made.shutdown()
         thread.join()
-
-
-class Lines(Silent):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
 
 
 def prompts(count: int) -> list[Prompt]:

@@ -301,7 +301,8 @@ class _Search:
     def _asked(self, client: Client, server: serve.Server, repetitions: int, answers: bool) -> Block:
         first = client.stream_chat(self.golden[0]["messages"], temperature=0, max_tokens=1, ignore_eos=True)
         cold_start_s = first.sent_at_s + first.ttft_s - server.spawned_at_s
-        ttft_s, tpot_s = [], []
+        ttft_s: list[float] = []
+        tpot_s: list[float] = []
         started_s = time.monotonic()
         while (number := len(ttft_s)) < repetitions or time.monotonic() - started_s < _BLOCK_S:
             read = client.stream_chat(self.prompt, temperature=0, max_tokens=1, ignore_eos=True)
