@@ -17,6 +17,7 @@ from tests.device import bundles
 pytestmark = [pytest.mark.docker, pytest.mark.llama_cpp]
 KEY = "a key of this test"
 UNIT = "edgectl.service"
+CURRENT = "/var/lib/edgectl/current"
 WAIT_S = 60.0
 """Far above what anything here takes, for a busy machine."""
 EXPOSURE_LIMIT = 4.0
@@ -204,6 +205,10 @@ def test_releases_take_over_from_each_other_and_leave_nothing_in_the_end(machine
     machine.install("1")
     machine.install("2")
     assert machine.serves() == "2"
+    # The unit is there before the supervisor sees what it has to serve: it starts the new release as the new unit says.
+    unit, swap = machine.says("stat", "--printf=%.9Z ", f"/etc/systemd/system/{UNIT}", CURRENT).split()
+    assert float(unit) < float(swap)
+    assert machine.journal().count("tiny on http://127.0.0.1:8080") == 2
     broken = machine.edgectl("install", by="3")
     assert broken.returncode == 3, broken.stderr
     assert "0 of 2 golden prompts stop at eos" in broken.stderr

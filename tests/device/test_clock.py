@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.device import test_install
+from tests.device import bundles, test_install
 from tests.device.test_bundle_served import _ENVIRONMENT
 from tests.device.test_install import Device
 from toolchain.device import serve
@@ -56,7 +56,7 @@ def device(made: dict[str, Path], clock: Clock, tmp_path: Path) -> Iterator[Devi
     server.chmod(0o755)
     manifest = json.loads((wrapped / "manifest.json").read_text())
     manifest["files"]["runtime/bin/llama-server.real"] = dict(manifest["files"]["runtime/bin/llama-server"])
-    test_install._reseal(wrapped, manifest)
+    bundles.reseal(wrapped, manifest)
     device = Device(tmp_path / "home", {**made, "1": wrapped}, serve.free_port(), {**_ENVIRONMENT, **clock.environment})
     yield device
     device.edgectl("uninstall")

@@ -161,24 +161,12 @@ def test_a_release_whose_programs_do_not_start_is_rolled_back(device: Device, tm
     server.unlink()
     server.write_bytes(b"#!/bin/false\n")
     server.chmod(0o755)
-    _reseal(staged, manifest)
+    bundles.reseal(staged, manifest)
     device.bundles = {**device.bundles, "broken": staged}
     result = device.edgectl("install", by="broken")
     assert result.returncode == 3, result.stderr
     assert "llama-server ended with exit code 1" in result.stderr
     assert device.serves() == "1"
-
-
-def _reseal(folder: Path, manifest: dict[str, Any]) -> None:
-    """As whoever breaks a bundle on purpose would: every digest fits."""
-    import hashlib
-
-    for name, facts in manifest["files"].items():
-        facts["sha256"], facts["bytes"] = files.sha256(folder / name), (folder / name).stat().st_size
-    manifest["bundle_id"] = files.bundle_id(manifest)
-    text = json.dumps(manifest)
-    (folder / "manifest.json").write_text(text)
-    (folder / "SHA256SUMS").write_text(files.sums_text(manifest, hashlib.sha256(text.encode()).hexdigest()))
 
 
 def _steps(device: Device) -> list[str]:
@@ -429,7 +417,7 @@ def test_a_bundle_for_another_machine_is_refused_and_removed(device: Device, tmp
     shutil.copytree(device.bundles["2"], copy)
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["target"]["arch"] = "aarch64"
-    _reseal(copy, manifest)
+    bundles.reseal(copy, manifest)
     device.bundles = {**device.bundles, "arm": copy}
     result = device.edgectl("install", by="arm")
     assert result.returncode == 1

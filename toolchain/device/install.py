@@ -126,7 +126,7 @@ def _stand_in(home: Home, note: dict[str, Any]) -> dict[str, Any] | None:
     if release is None or good is None or good != home.to_serve():
         return None
     try:
-        wrong = (files.problems(files.open_bundle(home.folder(good))) or [None])[0]
+        wrong = next(iter(files.problems(files.open_bundle(home.folder(good)))), None)
     except DeviceError as error:
         wrong = error.message
     again = "install it again from a whole copy" if wrong else f"it is whole: {home.folder(good)}/edgectl install"
