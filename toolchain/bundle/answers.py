@@ -27,7 +27,8 @@ def record(
     `room`: tokens that a prompt and its answer may have together. Raises ExternalToolError.
     """
     port = serve.free_port()
-    values = {"bundle": str(folder), "host": "127.0.0.1", "port": str(port), "threads": str(probe.physical_cores())}
+    # One thread: any number gives the same answers, and several that share their cores take many times as long.
+    values = {"bundle": str(folder), "host": "127.0.0.1", "port": str(port), "threads": "1"}
     _, *options = presets["server"]["argv"]
     argv = [str(llama.program("llama-server")), *serve.fill(options, values), *serve.TRACE]
     try:
