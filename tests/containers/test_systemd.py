@@ -208,7 +208,8 @@ def test_releases_take_over_from_each_other_and_leave_nothing_in_the_end(machine
     # The unit is there before the supervisor sees what it has to serve: it starts the new release as the new unit says.
     unit, swap = machine.says("stat", "--printf=%.9Z ", f"/etc/systemd/system/{UNIT}", CURRENT).split()
     assert float(unit) < float(swap)
-    assert machine.journal().count("tiny on http://127.0.0.1:8080") == 2
+    journal = machine.says("journalctl", "--unit", UNIT, "--no-pager", "--output=cat")
+    assert journal.count("settings: the presets'") == 2
     broken = machine.edgectl("install", by="3")
     assert broken.returncode == 3, broken.stderr
     assert "0 of 2 golden prompts stop at eos" in broken.stderr

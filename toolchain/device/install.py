@@ -207,7 +207,7 @@ def _is_whole(home: Home, release: str, say: Say) -> bool:
         say(f"{release} is there already")
         return True
     say(f"{release} is there and damaged ({found[0]}): it is copied anew")
-    home.remove(release)
+    home.remove_files(release)
     return False
 
 
@@ -252,7 +252,7 @@ def _activate(service: Service, release: str, settings: Settings, say: Say) -> d
         # Before the swap: the supervisor follows that at once, and would then be started anew over what it has begun.
         anew = service.prepare(release) or (old is not None and old != settings)
         # What stands in for a good release does so until the supervisor starts anew.
-        anew = anew or supervise.read_note(service.note).get("instead_of") == release
+        anew = anew or supervise.read_note(service.note).get("instead_of") is not None
         home.point("current", release)
         report = _try(service, release, settings, say, anew=anew)
     except BaseException as error:

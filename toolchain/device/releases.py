@@ -237,11 +237,15 @@ class Home:
         kept = {state.good, state.previous, self.current(), self.supervisor()}
         return [name for name in self.names() if name not in kept]
 
-    def remove(self, release: str) -> None:
-        """A release and what is kept beside it. Half removed, it has a name that is no release's."""
+    def remove_files(self, release: str) -> None:
+        """A release, to be copied anew. Half removed, it has a name that is no release's."""
         doomed = self.releases / f".{release}.unpacking"
         self.folder(release).rename(doomed)
         shutil.rmtree(doomed)
+
+    def remove(self, release: str) -> None:
+        """A release and what is kept beside it."""
+        self.remove_files(release)
         self._settings(release).unlink(missing_ok=True)
         for path in (self.root / tuned.FOLDER).glob(f"{release[-12:]}-*.json"):
             path.unlink()
