@@ -203,9 +203,9 @@ def test_it_serves_as_nobody_who_can_write_nothing(machine: Machine) -> None:
 
 def test_releases_take_over_from_each_other_and_leave_nothing_in_the_end(machine: Machine) -> None:
     machine.install("1")
-    machine.install("2")
+    machine.install("2", "--api-key-file", key_file(machine, "key"))
     assert machine.serves() == "2"
-    # The unit is there before the supervisor sees what it has to serve: it starts the new release as the new unit says.
+    # The new unit is there before the supervisor sees what it has to serve, and starts the new release once.
     unit, swap = machine.says("stat", "--printf=%.9Z ", f"/etc/systemd/system/{UNIT}", CURRENT).split()
     assert float(unit) < float(swap)
     journal = machine.says("journalctl", "--unit", UNIT, "--no-pager", "--output=cat")
