@@ -33,10 +33,9 @@ class Answer:
 
 def ask(client: Client, messages: Messages, max_tokens: int) -> Answer:
     """An answer as it is recorded. Raises DeviceError and OSError."""
-    tokens = client.chat(messages, temperature=0, seed=0, max_tokens=max_tokens, logprobs=True, top_logprobs=2)[
-        "tokens"
-    ]
-    return Answer([int(token["id"]) for token in tokens], [_margin(token["top_logprobs"]) for token in tokens])
+    said = client.chat(messages, temperature=0, seed=0, max_tokens=max_tokens, logprobs=True, top_logprobs=2)
+    margins = [_margin(token["top_logprobs"]) for token in said["tokens"]]
+    return Answer([int(token["id"]) for token in said["tokens"]], margins)
 
 
 def _margin(likeliest: Sequence[dict[str, Any]]) -> float:

@@ -68,7 +68,7 @@ def _served(bundle: files.Bundle, client: Client, say: Callable[[str], None]) ->
 
     def eos_check() -> tuple[bool, str]:
         say(f"answering {len(golden)} golden prompts")
-        answers.extend(_answer(client, model, prompt) for prompt in golden)
+        answers[:] = [_answer(client, model, prompt) for prompt in golden]  # all of them, or none
         stopped = sum(answer["finish"] == "stop" for answer in answers)
         enough = bool(golden) and stopped >= _EOS_SHARE * len(golden)
         return enough, f"{stopped} of {len(golden)} golden prompts stop at eos within {_MAX_TOKENS} tokens"
