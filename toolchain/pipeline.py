@@ -468,6 +468,8 @@ def _bundle(settings: BundleStageSettings, inputs: Inputs, out: Path, report: Re
         golden=golden,
         lineage=settings.lineage,
         llama=llama_cpp.find(settings.target.runtime.cmake),
+        # What is for another processor, or a GPU, may not run here: the same source, built for this host, answers.
+        answering=llama_cpp.find(host_cmake()),
         out=out,
         report=report,
         gguf_sha256=open_artifact(inputs["gguf"].parent).manifest.files[inputs["gguf"].name].sha256,
@@ -814,7 +816,7 @@ STAGES: tuple[Stage, ...] = (
         },
         per_target=True,
         uses_llama_cpp=lambda _: True,
-        version=3,
+        version=4,
     ),
     Stage(
         "smoke",

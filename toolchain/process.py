@@ -15,6 +15,8 @@ from toolchain.errors import ExternalToolError, HostError
 
 _PR_SET_PDEATHSIG = 1
 _TERM_GRACE_S = 5.0
+DISK_FULL = "No space left on device"
+"""As every program says it, in the C locale."""
 
 
 def die_with_parent() -> None:
@@ -33,12 +35,13 @@ def run(
     stdout: Path | None = None,
     hint: str | None = None,
     group: "Group | None" = None,
+    elsewhere: bool = False,
 ) -> None:
     """Run a program to its end; stdout and stderr together go to `log`, line by line to `on_line`.
 
     With `stdout`, what the program prints there goes to that file, and only stderr to the log. With `group`, another
-    thread can end it. Raises ExternalToolError when it is missing, fails or is killed, and HostError when the disk is
-    full.
+    thread can end it. Raises ExternalToolError when it is missing, fails or is killed, and HostError when it fails and
+    told of a full disk; of a program that works `elsewhere`, that disk is not ours.
     """
     name = Path(argv[0]).name
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +76,7 @@ def run(
                 out.write(line)
                 if line.strip():
                     last = line.strip()
-                    disk_full = disk_full or "No space left on device" in line
+                    disk_full = disk_full or (DISK_FULL in line and not elsewhere)
                 if on_line is not None:
                     on_line(line.rstrip("\n"))
             code = child.wait()
@@ -86,7 +89,7 @@ def run(
             for pipe in (child.stdout, child.stderr):
                 if pipe is not None:
                     pipe.close()
-    if disk_full:
+    if disk_full and code != 0:
         hint = f"free some space, then run again; full output: {log}"
         raise HostError(f"{name}: no space left on the disk", hint=hint)
     if code < 0:

@@ -17,6 +17,7 @@ from tests.device import bundles
 pytestmark = [pytest.mark.docker, pytest.mark.llama_cpp]
 KEY = "a key of this test"
 UNIT = "edgectl.service"
+CURRENT = "/var/lib/edgectl/current"
 WAIT_S = 60.0
 """Far above what anything here takes, for a busy machine."""
 EXPOSURE_LIMIT = 4.0
@@ -202,8 +203,13 @@ def test_it_serves_as_nobody_who_can_write_nothing(machine: Machine) -> None:
 
 def test_releases_take_over_from_each_other_and_leave_nothing_in_the_end(machine: Machine) -> None:
     machine.install("1")
-    machine.install("2")
+    machine.install("2", "--api-key-file", key_file(machine, "key"))
     assert machine.serves() == "2"
+    # The new unit is there before the supervisor sees what it has to serve, and starts the new release once.
+    unit, swap = machine.says("stat", "--printf=%.9Z ", f"/etc/systemd/system/{UNIT}", CURRENT).split()
+    assert float(unit) < float(swap)
+    journal = machine.says("journalctl", "--unit", UNIT, "--no-pager", "--output=cat")
+    assert journal.count("settings: the presets'") == 2
     broken = machine.edgectl("install", by="3")
     assert broken.returncode == 3, broken.stderr
     assert "0 of 2 golden prompts stop at eos" in broken.stderr

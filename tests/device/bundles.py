@@ -1,5 +1,7 @@
 """Small bundles around real programs that need nothing but glibc, for tests of what is done with bundles."""
 
+import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -106,6 +108,7 @@ def maker(llama: LlamaCpp, model: Path, tmp_path: Path) -> Make:
             "golden": tiny_chat.golden(),
             "lineage": {"quantize": "sha256:" + "0" * 64},
             "llama": llama,
+            "answering": None,
             **changed,
         }
         settings = arguments.pop("settings", build.BundleSettings(name="tiny", version="1.0", context=512))
@@ -139,6 +142,7 @@ def around(
         golden=tiny_chat.golden(),
         lineage={},
         llama=llama,
+        answering=llama if for_target.arch == "x86_64" else x86_llama(),
         out=out,
         report=Silent(),
     )
@@ -152,6 +156,17 @@ def releases(llama: LlamaCpp, folder: Path) -> dict[str, Path]:
         (folder / version).mkdir()
         made[name] = around(llama, read_target("x86-cpu"), folder / version, version=version, eos=eos)
     return made
+
+
+def reseal(folder: Path, manifest: dict[str, Any] | None = None) -> None:
+    """As whoever changes a bundle on purpose would: every digest fits. `manifest`: another one than is there."""
+    manifest = json.loads((folder / files.MANIFEST).read_text()) if manifest is None else manifest
+    for name, facts in manifest["files"].items():
+        facts["sha256"], facts["bytes"] = files.sha256(folder / name), (folder / name).stat().st_size
+    manifest["bundle_id"] = files.bundle_id(manifest)
+    text = json.dumps(manifest)
+    (folder / files.MANIFEST).write_text(text)
+    (folder / files.SUMS).write_text(files.sums_text(manifest, hashlib.sha256(text.encode()).hexdigest()))
 
 
 def every_byte(folder: Path) -> dict[str, tuple[int, bytes]]:

@@ -349,7 +349,7 @@ def test_each_byte_of_the_model_is_read_once(make: Make, model: Path, tmp_path: 
     folder = make("counted", gguf=gguf)
     read = _bytes_read() - before
     others = sum(len(content) for _, content in every_byte(folder).values()) - gguf.stat().st_size
-    assert gguf.stat().st_size < read < gguf.stat().st_size + 5 * others < 2 * gguf.stat().st_size
+    assert gguf.stat().st_size < read < gguf.stat().st_size + 4 * others < 2 * gguf.stat().st_size
     assert ((folder / "model" / "tiny-v1.0-F32.gguf").stat().st_ino == gguf.stat().st_ino) == linked
 
 

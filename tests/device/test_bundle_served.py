@@ -19,7 +19,8 @@ import pytest
 
 from tests.device import bundles, tiny_chat
 from toolchain.bundle import build
-from toolchain.device import files, serve
+from toolchain.device import files, greedy, serve
+from toolchain.device.client import Client
 from toolchain.device.errors import BusyError
 from toolchain.gguf import llama_cpp
 from toolchain.reporter import Silent
@@ -43,19 +44,25 @@ Builder = Callable[..., Path]
 def make(llama: llama_cpp.LlamaCpp, tmp_path_factory: pytest.TempPathFactory) -> Builder:
     """Build a bundle and give a copy of it in another place."""
 
-    def build_and_copy(eos: str = "<|fin|>", golden: list[dict[str, Any]] | None = None) -> Path:
+    def build_and_copy(
+        eos: str = "<|fin|>",
+        golden: list[dict[str, Any]] | None = None,
+        answer: str = tiny_chat.ANSWER,
+        answering: llama_cpp.LlamaCpp | None = llama,
+    ) -> Path:
         work = tmp_path_factory.mktemp("work")
         out = work / "out"
         out.mkdir()
         facts = build.run(
             build.BundleSettings(name="tiny", version="1.0", context=tiny_chat.CONTEXT),
             target=read_target("x86-cpu"),
-            gguf=tiny_chat.write_gguf(work / "model.gguf", eos=eos),
+            gguf=tiny_chat.write_gguf(work / "model.gguf", eos=eos, answer=answer),
             quantize_facts={},
             ledger=bundles.LEDGER,
             golden=tiny_chat.golden() if golden is None else golden,
             lineage={"quantize": "sha256:" + "0" * 64},
             llama=llama,
+            answering=answering,
             out=out,
             report=Silent(),
         )
@@ -117,11 +124,13 @@ def test_a_copied_bundle_passes_every_smoke_check(bundle: Path) -> None:
     result = edgectl(bundle, "smoke", "--json")
     found = checks(result)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert len(found) == 17
+    assert len(found) == 18
     assert all(ok for ok, _ in found.values())
     assert found["server ready"][1].startswith(("refused → 503 → 200", "503 → 200", "refused → 200"))
     assert "libggml-cpu-" in found["backend"][1]
     assert found["stops at eos"][1].startswith("2 of 2")
+    assert found["greedy answers"][1].startswith("10 of 10 recorded tokens that were no near-ties")
+    assert "2 of 2 answers whole; recorded by libggml-cpu-" in found["greedy answers"][1]
 
 
 def test_running_a_bundle_leaves_no_file_behind(bundle: Path) -> None:
@@ -146,6 +155,50 @@ def test_smoke_fails_when_answers_do_not_end(make: Builder) -> None:
     assert result.returncode == 1
     failed = {name for name, (ok, _) in checks(result).items() if not ok}
     assert failed == {"stops at eos"}
+
+
+def test_smoke_fails_when_the_answers_were_recorded_from_another_model(make: Builder, bundle: Path) -> None:
+    other = make(answer="Yes!")
+    shutil.copy(bundle / "eval" / "answers.json", other / "eval" / "answers.json")
+    bundles.reseal(other)
+    result = edgectl(other, "smoke", "--json")
+    assert result.returncode == 1
+    found = checks(result)
+    assert {name for name, (ok, _) in found.items() if not ok} == {"greedy answers"}
+    assert found["greedy answers"][1].startswith(
+        "0 of 1 recorded tokens that were no near-ties, 97% needed of 10: broken off"
+    )
+
+
+def test_smoke_of_a_bundle_without_recorded_answers_says_so(make: Builder) -> None:
+    result = edgectl(make(answering=None), "smoke", "--json")
+    assert result.returncode == 0, result.stdout
+    assert checks(result)["greedy answers"][1].startswith("nothing to compare with")
+
+
+def test_a_host_records_the_same_answers_each_time(make: Builder, bundle: Path) -> None:
+    assert bundles.every_byte(make()) == bundles.every_byte(bundle)
+
+
+def test_a_near_tie_may_flip_and_another_token_may_not(bundle: Path) -> None:
+    golden, recorded = files.open_bundle(bundle).golden(), files.open_bundle(bundle).answers()
+    assert recorded is not None
+    ids, margins = [*map(ord, tiny_chat.ANSWER), tiny_chat.token_id("<|fin|>")], recorded["answers"][0]["margins"]
+    assert recorded["answers"] == [{"ids": ids, "margins": margins}] * 2
+    assert min(margins) > 10
+    prompts = [prompt["prompt_ids"] for prompt in golden]
+    with serving(bundle) as (_, port):
+        client = Client("127.0.0.1", port)
+        for margin, expected, shown in ((0.4, True, "9 of 9"), (0.6, False, "9 of 10")):
+            flipped = {"ids": [*ids[:-1], ord("z")], "margins": [*margins[:-1], margin]}
+            changed = {**recorded, "answers": [recorded["answers"][0], flipped]}
+            ok, detail = greedy.compare(client, prompts, changed, [ids, ids])
+            assert (ok, detail.split(" recorded tokens")[0]) == (expected, shown)
+            assert "1 of 2 answers whole" in detail
+        # What the server's own answers do not tell is asked for.
+        ok, detail = greedy.compare(client, prompts, recorded, [[], ids[:1]])
+        assert (ok, detail.split(" recorded tokens")[0]) == (True, "10 of 10")
+        assert "0 of 2 answers whole" in detail
 
 
 def test_smoke_names_a_changed_file_and_still_runs_the_other_checks(bundle: Path, tmp_path: Path) -> None:

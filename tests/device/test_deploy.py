@@ -244,7 +244,7 @@ def test_a_bundle_for_another_processor_is_refused_before_it_is_copied(site: Sit
     shutil.copytree(site.made["1"], copy)
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["target"]["arch"] = "aarch64"
-    test_install._reseal(copy, manifest)
+    bundles.reseal(copy, manifest)
     found = site.deploy(_FIRST, copy, code=1).of[_FIRST]
     assert (found["outcome"], found["reason"]) == ("refused", "it is x86_64, the bundle is for aarch64")
     assert list(site.home(_FIRST).iterdir()) == []

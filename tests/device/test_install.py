@@ -9,7 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,18 @@ class Device:
     root: Path
     bundles: dict[str, Path]
     port: int
+    environment: dict[str, str] = field(default_factory=lambda: _ENVIRONMENT)
+
+    def argv(self, verb: str, *arguments: str, by: str = "1") -> list[str]:
+        return [_PYTHON, "-I", "-S", str(self.bundles[by] / "edgectl"), verb, *self.options(verb), *arguments]
 
     def edgectl(self, verb: str, *arguments: str, by: str = "1") -> "subprocess.CompletedProcess[str]":
-        argv = [_PYTHON, "-I", "-S", str(self.bundles[by] / "edgectl"), verb, *self.options(verb), *arguments]
-        return subprocess.run(argv, cwd="/", env=_ENVIRONMENT, capture_output=True, text=True, check=False, timeout=180)
+        argv, env = self.argv(verb, *arguments, by=by), self.environment
+        return subprocess.run(argv, cwd="/", env=env, capture_output=True, text=True, check=False, timeout=180)
+
+    def start(self, verb: str, *, by: str) -> "subprocess.Popen[str]":
+        argv = self.argv(verb, by=by)
+        return subprocess.Popen(argv, cwd="/", env=self.environment, stderr=subprocess.PIPE, text=True)
 
     def options(self, verb: str) -> list[str]:
         options = ["--home", str(self.root), "--service", "process"]
@@ -153,24 +161,12 @@ def test_a_release_whose_programs_do_not_start_is_rolled_back(device: Device, tm
     server.unlink()
     server.write_bytes(b"#!/bin/false\n")
     server.chmod(0o755)
-    _reseal(staged, manifest)
+    bundles.reseal(staged, manifest)
     device.bundles = {**device.bundles, "broken": staged}
     result = device.edgectl("install", by="broken")
     assert result.returncode == 3, result.stderr
     assert "llama-server ended with exit code 1" in result.stderr
     assert device.serves() == "1"
-
-
-def _reseal(folder: Path, manifest: dict[str, Any]) -> None:
-    """As whoever breaks a bundle on purpose would: every digest fits."""
-    import hashlib
-
-    for name, facts in manifest["files"].items():
-        facts["sha256"], facts["bytes"] = files.sha256(folder / name), (folder / name).stat().st_size
-    manifest["bundle_id"] = files.bundle_id(manifest)
-    text = json.dumps(manifest)
-    (folder / "manifest.json").write_text(text)
-    (folder / "SHA256SUMS").write_text(files.sums_text(manifest, hashlib.sha256(text.encode()).hexdigest()))
 
 
 def _steps(device: Device) -> list[str]:
@@ -260,7 +256,8 @@ def test_kill_9_of_the_releases_edgectl_takes_the_server_along_and_is_followed_b
     device.wait_for("1")
 
 
-def test_a_good_release_that_was_damaged_is_stood_in_for_by_the_one_before(device: Device) -> None:
+def _damaged(device: Device) -> tuple[Path, bytes]:
+    """The model of a good release 2 was cut, and 1 stands in for it: the model's file, and what was in it."""
     device.install("1")
     device.install("2")
     model = next((device.release("2") / "model").iterdir())
@@ -269,9 +266,40 @@ def test_a_good_release_that_was_damaged_is_stood_in_for_by_the_one_before(devic
     model.write_bytes(content[: len(content) // 2])
     os.kill(device.server(), signal.SIGKILL)
     device.wait_for("1")
+    return model, content
+
+
+def test_a_good_release_that_was_damaged_is_stood_in_for_by_the_one_before(device: Device) -> None:
+    _damaged(device)
     assert "which was good before it, is served instead" in device.log()
-    device.install("2")
+    # Address and key stay as they were.
+    again = bundles.edgectl(device.bundles["2"], "install", "--home", str(device.root), "--service", "process")
+    assert again.returncode == 0, again.stderr
     assert device.serves() == "2"
+
+
+def test_status_tells_who_stands_in_and_what_puts_it_right(device: Device) -> None:
+    model, content = _damaged(device)
+    found = device.status()
+    assert (found["served"], found["answers"]) == (device.release("2").name, False)
+    stand_in = found["stand_in"]
+    assert (stand_in["release"], stand_in["answers"]) == (device.release("1").name, True)
+    assert "changed" in stand_in["wrong"]
+    assert stand_in["remedy"].startswith("install it again from a whole copy; or edgectl rollback")
+    model.write_bytes(content)
+    stand_in = device.status()["stand_in"]
+    assert stand_in["wrong"] is None
+    assert stand_in["remedy"].startswith(f"it is whole: {device.release('2')}/edgectl install")
+    assert device.edgectl("install", by="2").returncode == 0
+    assert device.serves() == "2"
+    assert device.status()["stand_in"] is None
+
+
+def test_a_rollback_keeps_what_stands_in(device: Device) -> None:
+    _damaged(device)
+    assert device.edgectl("rollback").returncode == 0
+    found = device.status()
+    assert (found["good"], found["answers"], found["stand_in"]) == (device.release("1").name, True, None)
 
 
 def test_a_changed_byte_of_the_model_is_noticed_at_the_next_start(device: Device) -> None:
@@ -391,7 +419,7 @@ def test_a_bundle_for_another_machine_is_refused_and_removed(device: Device, tmp
     shutil.copytree(device.bundles["2"], copy)
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["target"]["arch"] = "aarch64"
-    _reseal(copy, manifest)
+    bundles.reseal(copy, manifest)
     device.bundles = {**device.bundles, "arm": copy}
     result = device.edgectl("install", by="arm")
     assert result.returncode == 1
@@ -448,8 +476,7 @@ def test_a_damaged_state_is_named_and_the_device_goes_on(device: Device) -> None
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_installation_that_is_interrupted_goes_back_at_once(device: Device, number: signal.Signals) -> None:
     device.install("1")
-    argv = [_PYTHON, "-I", "-S", str(device.bundles["endless"] / "edgectl"), "install", *device.options("install")]
-    with subprocess.Popen(argv, cwd="/", env=_ENVIRONMENT, stderr=subprocess.PIPE, text=True) as child:
+    with device.start("install", by="endless") as child:
         assert child.stderr is not None
         for line in child.stderr:
             if line.startswith("answering"):

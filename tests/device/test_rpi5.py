@@ -17,6 +17,8 @@ import pytest
 from tests.device import bundles, tiny_chat
 from tests.device.test_bundle_image import config_in, read, saved
 from toolchain.bundle import image, runtime
+from toolchain.device import files, greedy
+from toolchain.device.client import Client
 from toolchain.errors import HostError
 from toolchain.gguf import llama_cpp
 from toolchain.reporter import Silent
@@ -95,8 +97,18 @@ def test_a_cortex_a76_says_what_this_host_says(bundle: Path) -> None:
     with served([str(host), *options]) as url:
         expected = answer(url)
     assert expected["content"] == tiny_chat.ANSWER
+    recorded = files.open_bundle(bundle).answers()
+    assert recorded is not None
+    assert recorded["made_by"]["library"].startswith("libggml-cpu-")  # this host's
     with served(argv(bundle, "cortex-a76", *options)) as url:
         assert answer(url) == expected
+        client, prompts = (
+            Client("127.0.0.1", int(url.rsplit(":", 1)[1])),
+            [row["prompt_ids"] for row in tiny_chat.golden()],
+        )
+        ok, shown = greedy.compare(client, prompts, recorded, [[], []])
+    assert ok, shown
+    assert shown.startswith("10 of 10 recorded tokens")
 
 
 def test_a_processor_without_the_dot_product_is_told_by_a_signal(bundle: Path) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from toolchain.bundle import card, command, sbom
+from toolchain.bundle import answers, card, command, sbom
 from toolchain.bundle.manifest import BundleManifest
 from toolchain.device import files as layout
 from toolchain.errors import ArtifactError, DataError, HostError, ModelError
@@ -62,6 +62,7 @@ def run(
     golden: list[dict[str, Any]],
     lineage: dict[str, str],
     llama: "LlamaCpp",
+    answering: "LlamaCpp | None",
     out: Path,
     report: Reporter,
     gguf_sha256: str | None = None,
@@ -70,7 +71,8 @@ def run(
 
     `quantize_facts` and `ledger` go into the manifest as they are, so they must hold no times and no paths;
     `quantize_facts["fallbacks"]`, where there is one, lists tensors that got another type than asked for. `golden` is
-    a list of {"messages", "prompt_ids"}. The model is read once, and held against `gguf_sha256` where that is known;
+    a list of {"messages", "prompt_ids"}; `answering`, a build that runs here, answers them for the device to compare
+    with, unless it is None. The model is read once, and held against `gguf_sha256` where that is known;
     the facts' "digests", path below `out` → SHA-256, spare whoever comes next reading it again. Raises ModelError,
     DataError, HostError, ArtifactError, ExternalToolError.
     """
@@ -84,7 +86,7 @@ def run(
     folder = out / f"{settings.name}-{settings.version}-{target.name}"
     folder.mkdir()
     model = f"model/{file_name(settings, facts, gguf)}"
-    with bar(report, "bundle", total=4, unit="step") as task:
+    with bar(report, "bundle", total=5, unit="step") as task:
         programs = runtime.collect(llama, target, folder / command.PROGRAMS)
         task.advance()
         model_sha256 = _place(gguf, folder / model, expected=gguf_sha256)
@@ -94,6 +96,11 @@ def run(
         _write_json(folder / layout.GOLDEN, golden)
         _copy_device(folder)
         _write_web(folder / command.WEB, settings)
+        if answering is not None:
+            room = settings.context // target.server.parallel
+            found = answers.record(folder, presets, golden, room=room, llama=answering)
+            _write_json(folder / layout.ANSWERS, found)
+        task.advance()
         _write(folder / "Modelfile", _modelfile(facts, settings, model))
         _write_licences(folder / "LICENSES", llama)
         description: dict[str, Any] = {

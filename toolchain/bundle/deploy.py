@@ -217,6 +217,10 @@ class _ExitError(Exception):
         return found[-1] if found else None
 
     @property
+    def disk_full(self) -> bool:
+        return any(process.DISK_FULL in line for line in self.lines)
+
+    @property
     def last(self) -> str:
         return self.lines[-1] if self.lines else f"exit code {self.code}, and no word"
 
@@ -297,6 +301,8 @@ class _Deployment:
         except _ExitError as error:
             if error.code == _RSYNC_INTERRUPTED:
                 raise self._interrupted() from None
+            if error.disk_full:
+                raise self._disk_full() from None
             # The first line has the cause; what follows is how rsync took it.
             plain = [line for line in error.lines if not _PERCENT.match(line)]
             reason, hint = plain[0] if plain else error.last, "what has arrived is kept: deploy again to go on"
@@ -341,6 +347,8 @@ class _Deployment:
                 self.result.release = releases.release_name(self.bundle.manifest)
                 self._clear()  # it lies among the releases
                 raise _FailedError("rolled back", reason, hint) from None
+            if error.disk_full:
+                raise self._disk_full() from None
             raise _FailedError("refused", reason, hint) from None
         self.result.release = str(self._read(record)["release"])
         self.result.outcome = "was there" if self.found["good"] == self.result.release else "installed"
@@ -429,11 +437,9 @@ class _Deployment:
 
         if self.group.stopped:
             raise self._interrupted()
+        log = self.result.records / "log.txt"
         try:
-            process.run(argv, log=self.result.records / "log.txt", stdout=stdout, on_line=keep, group=self.group)
-        except HostError:
-            reason = f"while {self.result.step}: its disk is full"
-            raise _FailedError("failed", reason, "free some space there, then deploy again") from None
+            process.run(argv, log=log, stdout=stdout, on_line=keep, group=self.group, elsewhere=True)
         except ExternalToolError as error:
             if self.group.stopped or (error.returned is not None and error.returned < 0):
                 raise self._interrupted() from None
@@ -441,6 +447,10 @@ class _Deployment:
                 raise
             raise _ExitError(error.returned, lines) from None
         return lines
+
+    def _disk_full(self) -> _FailedError:
+        reason = f"while {self.result.step}: its disk is full"
+        return _FailedError("failed", reason, "free some space there, then deploy again")
 
     def _interrupted(self) -> _FailedError:
         states: dict[Step, tuple[str, str | None]] = {

@@ -69,7 +69,7 @@ def run(bundle: files.Bundle, options: Options, say: Callable[[str], None]) -> d
     threads = serve.threads(bundle)
     before = probe.probe()
     _warn_if_busy(say)
-    started = time.time()
+    started, started_s = time.time(), time.monotonic()
     emulated = probe.emulated(bundle.manifest["target"]["arch"])
     record = Record(measured=emulated is None)
     say("memory bandwidth")
@@ -98,7 +98,7 @@ def run(bundle: files.Bundle, options: Options, say: Callable[[str], None]) -> d
         "llama_cpp_commit": bundle.manifest["runtime"]["llama_cpp_commit"],
         "model": {"file": model["file"], "sha256": model["sha256"], "bytes": model["bytes"]},
         "started_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-        "seconds": round(time.time() - started, 1),
+        "seconds": round(time.monotonic() - started_s, 1),
         "threads": threads,
         "options": asdict(options),
         "device": before,

@@ -3,7 +3,7 @@
 import http.client
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,7 +54,10 @@ class Client:
         return [int(token) for token in answer["tokens"]]
 
     def chat(self, messages: Messages, **options: object) -> dict[str, Any]:
-        """One whole answer: {"text", "finish", "prompt_tokens"}. The prompt cache is not used."""
+        """One whole answer: {"text", "finish", "prompt_tokens", "tokens"}. The prompt cache is not used.
+
+        "tokens" are {"id", "top_logprobs": [{"id", "logprob"}, …]} when the options ask for `logprobs`, else none.
+        """
         body = {"messages": messages, "cache_prompt": False, **options}
         answer = self.post("/v1/chat/completions", body)
         choice = answer["choices"][0]
@@ -62,7 +65,13 @@ class Client:
             "text": _text(choice["message"]),
             "finish": choice["finish_reason"],
             "prompt_tokens": answer["usage"]["prompt_tokens"],
+            "tokens": (choice.get("logprobs") or {}).get("content") or [],
         }
+
+    def next_id(self, ids: Sequence[int]) -> int:
+        """The likeliest token after these. The prompt cache is used: asked in order, each costs one token's time."""
+        body = {"prompt": list(ids), "n_predict": 1, "temperature": 0, "seed": 0, "return_tokens": True}
+        return int(self.post("/completion", {**body, "cache_prompt": True})["tokens"][0])
 
     def stream_chat(self, messages: Messages, **options: object) -> "Streamed":
         """One answer as it arrives. The prompt cache is not used. Raises DeviceError and OSError."""

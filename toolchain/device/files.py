@@ -17,6 +17,7 @@ SUMS = "SHA256SUMS"
 SIGNATURE = "SHA256SUMS.sig"
 PRESETS = "presets.json"
 GOLDEN = "eval/golden.json"
+ANSWERS = "eval/answers.json"
 SERVER_BYTES = 256 << 20
 """Compute buffers, libraries and a short context of a small model, beside its weights."""
 JSON_LIMIT_BYTES = 64 << 20
@@ -62,6 +63,15 @@ class Bundle:
         if not isinstance(golden, list):
             raise DeviceError(f"{GOLDEN} is not a list", hint=_AGAIN)
         return golden
+
+    def answers(self) -> dict[str, Any] | None:
+        """The golden prompts' recorded answers; None in a bundle that was built without. Raises DeviceError."""
+        if ANSWERS not in self.manifest["files"]:
+            return None
+        answers = _read_json(self.root / ANSWERS)
+        if not isinstance(answers, dict) or len(answers.get("answers", [])) != len(self.golden()):
+            raise DeviceError(f"{ANSWERS} does not answer {GOLDEN}", hint=_AGAIN)
+        return answers
 
 
 def open_bundle(root: Path) -> Bundle:

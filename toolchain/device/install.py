@@ -113,10 +113,29 @@ def status(service: Service) -> dict[str, Any]:
         "address": f"{settings.host}:{settings.port}",
         "answers": release is not None and _answers(home, release, settings),
         "last_failure": state.failed,
+        "stand_in": _stand_in(home, note),
         "supervisor": {key: note.get(key) for key in ("release", "state", "ended")},
         "releases": home.names(),
     }
     return found
+
+
+def _stand_in(home: Home, note: dict[str, Any]) -> dict[str, Any] | None:
+    """Who serves instead of the good release, whether it answers, what is wrong with that one, and what helps."""
+    release, good = note.get("release"), note.get("instead_of")
+    if release is None or good is None or good != home.to_serve():
+        return None
+    try:
+        wrong = next(iter(files.problems(files.open_bundle(home.folder(good)))), None)
+    except DeviceError as error:
+        wrong = error.message
+    again = "install it again from a whole copy" if wrong else f"it is whole: {home.folder(good)}/edgectl install"
+    return {
+        "release": release,
+        "answers": _answers(home, release, home.settings(release)),
+        "wrong": wrong,
+        "remedy": f"{again}; or edgectl rollback, to keep {release}",
+    }
 
 
 def _recover(home: Home, say: Say) -> str | None:
@@ -188,7 +207,7 @@ def _is_whole(home: Home, release: str, say: Say) -> bool:
         say(f"{release} is there already")
         return True
     say(f"{release} is there and damaged ({found[0]}): it is copied anew")
-    home.remove(release)
+    home.remove_files(release)
     return False
 
 
@@ -228,10 +247,14 @@ def _activate(service: Service, release: str, settings: Settings, say: Say) -> d
     old = home.settings(release) if again else None
     home.write_settings(release, settings)
     try:
-        home.point("current", release)
         if home.supervisor() is None:
             home.point("service", release)
-        report = _try(service, release, settings, say, restart=old is not None and old != settings)
+        # Before the swap: the supervisor follows that at once, and would then be started anew over what it has begun.
+        anew = service.prepare(release) or (old is not None and old != settings)
+        # What stands in for a good release does so until the supervisor starts anew.
+        anew = anew or supervise.read_note(service.note).get("instead_of") is not None
+        home.point("current", release)
+        report = _try(service, release, settings, say, anew=anew)
     except BaseException as error:
         if old is not None:
             home.write_settings(release, old)
@@ -243,14 +266,12 @@ def _activate(service: Service, release: str, settings: Settings, say: Say) -> d
     return {"schema_version": 1, "release": release, "previous": home.state().previous, "smoke": report}
 
 
-def _try(service: Service, release: str, settings: Settings, say: Say, *, restart: bool) -> dict[str, Any]:
+def _try(service: Service, release: str, settings: Settings, say: Say, *, anew: bool) -> dict[str, Any]:
     """The release serves, and does what it did where it was built. Raises DeviceError."""
     home = service.home
     bundle = files.open_bundle(home.folder(release))
     say(f"starting {release}")
-    if restart:
-        service.stop()
-    service.ensure(release)
+    service.start(anew=anew)
     _wait_served(service, release, settings, serve.ready_timeout_s(bundle) + _MARGIN_S)
     say("it answers; trying it")
     report = smoke.live(bundle, _client(settings), say)
@@ -268,6 +289,8 @@ def _wait_served(service: Service, release: str, settings: Settings, limit_s: fl
         note = supervise.read_note(service.note)
         if note.get("release") == release and note.get("state") == "ended":
             raise DeviceError(str(note.get("ended")))
+        if note.get("instead_of") == release:
+            raise DeviceError(f"it does not start; {note.get('release')}, which was good before it, is served instead")
         if time.monotonic() > end_s:
             raise DeviceError(f"it did not answer within {limit_s:.0f} s")
         time.sleep(_POLL_S)
@@ -304,8 +327,9 @@ def _fall_back(service: Service, before: State, release: str, error: BaseExcepti
     }
     back = None
     if before.good is not None:
+        anew = service.prepare(before.good)
         home.point("current", before.good)
-        service.ensure(before.good)
+        service.start(anew=anew)
         back = before.good
     else:
         service.stop(remove=True)

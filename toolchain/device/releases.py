@@ -153,15 +153,19 @@ class Home:
         return self.root / "settings" / f"{release}.json"
 
     def to_serve(self) -> str | None:
-        """The release that is to be served now: the current one, or the good one when a trial was left alone."""
+        """The release that is to be served now: the current one, or the good one when a trial was left alone.
+
+        The one before it while the good one is copied anew.
+        """
         current = self.current()
         try:
-            good = self.state().good
+            state = self.state()
         except DeviceError:
-            good = current  # damaged: whoever changes anything is told; the device goes on with what it has
-        if current is None or (current != good and not self.is_locked()):
-            current = good
-        return current if current is not None and self.folder(current).is_dir() else None
+            state = State(current)  # damaged: whoever changes anything is told; the device goes on with what it has
+        if current is None or (current != state.good and not self.is_locked()):
+            current = state.good
+        there = (name for name in (current, state.previous) if name is not None and self.folder(name).is_dir())
+        return next(there, None)
 
     def stand_in(self, release: str) -> str | None:
         """Who serves when a good release does not start, such as one whose files are damaged: the one before it."""
@@ -233,11 +237,15 @@ class Home:
         kept = {state.good, state.previous, self.current(), self.supervisor()}
         return [name for name in self.names() if name not in kept]
 
-    def remove(self, release: str) -> None:
-        """A release and what is kept beside it. Half removed, it has a name that is no release's."""
+    def remove_files(self, release: str) -> None:
+        """A release, to be copied anew. Half removed, it has a name that is no release's."""
         doomed = self.releases / f".{release}.unpacking"
         self.folder(release).rename(doomed)
         shutil.rmtree(doomed)
+
+    def remove(self, release: str) -> None:
+        """A release and what is kept beside it."""
+        self.remove_files(release)
         self._settings(release).unlink(missing_ok=True)
         for path in (self.root / tuned.FOLDER).glob(f"{release[-12:]}-*.json"):
             path.unlink()

@@ -28,6 +28,8 @@ _DEVICES_TIMEOUT_S = 60.0
 _POLL_S = 0.005
 _LOG_LINES = 4000
 KEY_VARIABLE = "EDGECTL_API_KEY"
+TRACE = ("--verbosity", "4")
+"""The server then says which backend holds which buffer."""
 
 
 class Server:
@@ -107,6 +109,10 @@ class Server:
                 self._child.wait()
         self._reader.join(1)
         return self._child.returncode, time.perf_counter() - start_s
+
+    def libraries(self) -> list[str]:
+        """Names of the backends' libraries, as far as the log has been read; with TRACE it names them."""
+        return [line.rsplit("/", 1)[-1] for line in list(self.log) if re.search(r"loaded \S+ backend from ", line)]
 
     def kill(self) -> None:
         """End it at once, from another thread: whoever waits for its answer gets an OSError."""

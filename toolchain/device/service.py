@@ -63,22 +63,35 @@ class Service:
         """Where the supervisor says what it does."""
         return supervise.note_path(self.home, f"/run/{self.name}" if self.kind == "systemd" else None)
 
-    def ensure(self, release: str) -> None:
-        """The supervisor runs, and may serve `release` and what can take its place. Raises DeviceError."""
+    def prepare(self, release: str) -> bool:
+        """Let the supervisor serve `release` and what can take its place from its next start on. Raises DeviceError.
+
+        Whether it must be started anew for that.
+        """
         served = self._served(release)
         settings = served[0].settings
         check_listen(settings.host, settings.port, has_key=settings.api_key_file is not None)
+        if self.kind != "systemd":
+            return False
+        text = unit_text(self.home, self.name, served)
+        changed = not self.unit.is_file() or self.unit.read_text(encoding="utf-8") != text
+        if changed:
+            place.replace(self.unit, text)
+            _systemctl("daemon-reload")
+        _systemctl("enable", "--quiet", self.unit.name)
+        for folder in (UNITS, UNITS / _TARGET_WANTS):
+            place.sync(folder)
+        return changed
+
+    def start(self, *, anew: bool) -> None:
+        """The supervisor runs; `anew`: another one than ran before. Raises DeviceError."""
         if self.kind == "systemd":
-            text = unit_text(self.home, self.name, served)
-            changed = not self.unit.is_file() or self.unit.read_text(encoding="utf-8") != text
-            if changed:
-                place.replace(self.unit, text)
-                _systemctl("daemon-reload")
-            _systemctl("enable", "--quiet", self.unit.name)
-            for folder in (UNITS, UNITS / _TARGET_WANTS):
-                place.sync(folder)
-            _systemctl("restart" if changed else "start", self.unit.name)
-        elif not self.runs():
+            _systemctl("restart" if anew else "start", self.unit.name)
+            return
+        if anew:
+            self.stop()
+            self.note.unlink(missing_ok=True)  # it tells of the one before
+        if not self.runs():
             self._start_process()
 
     def check_reachable(self) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from . import files, serve, verify
+from . import files, greedy, serve, verify
 from .client import Client
 from .errors import DeviceError
 from .serve import Server
@@ -22,7 +22,6 @@ _EOS_SHARE = 0.5
 _JSON_TOKENS = 64
 _CLEAN_STOP_S = 8.0
 _LOG_WAIT_S = 5.0
-_TRACE = ("--verbosity", "4")  # the server then says which backend holds which buffer
 
 
 def run(bundle: files.Bundle, say: Callable[[str], None]) -> dict[str, Any]:
@@ -37,7 +36,7 @@ def run(bundle: files.Bundle, say: Callable[[str], None]) -> dict[str, Any]:
         port = serve.free_port()
         say(f"starting llama-server on port {port}")
         try:
-            with serve.start(bundle, host="127.0.0.1", port=port, key_file=key_file, extra=_TRACE) as server:
+            with serve.start(bundle, host="127.0.0.1", port=port, key_file=key_file, extra=serve.TRACE) as server:
                 seconds = server.wait_ready(serve.ready_timeout_s(bundle))
                 checks.append(check("server ready", True, f"{' → '.join(server.health)} in {seconds:.2f} s"))
                 checks.append(_checked("backend", lambda: _backend(bundle, server)))
@@ -69,7 +68,7 @@ def _served(bundle: files.Bundle, client: Client, say: Callable[[str], None]) ->
 
     def eos_check() -> tuple[bool, str]:
         say(f"answering {len(golden)} golden prompts")
-        answers.extend(_answer(client, model, prompt) for prompt in golden)
+        answers[:] = [_answer(client, model, prompt) for prompt in golden]  # all of them, or none
         stopped = sum(answer["finish"] == "stop" for answer in answers)
         enough = bool(golden) and stopped >= _EOS_SHARE * len(golden)
         return enough, f"{stopped} of {len(golden)} golden prompts stop at eos within {_MAX_TOKENS} tokens"
@@ -92,6 +91,7 @@ def _served(bundle: files.Bundle, client: Client, say: Callable[[str], None]) ->
         ("golden prompt ids", lambda: _golden_ids(golden, client)),
         ("stops at eos", eos_check),
         ("chat feeds those ids", fed_check),
+        ("greedy answers", lambda: _greedy_answers(bundle, client, golden, answers)),
         ("streamed = whole", lambda: _streamed(client, model, golden, answers)),
         ("answers in JSON", lambda: _json_answer(client)),
     ]
@@ -116,7 +116,7 @@ def _backend(bundle: files.Bundle, server: Server) -> tuple[bool, str]:
     end_s = time.monotonic() + _LOG_WAIT_S
     while not (held := _held(server)) and time.monotonic() < end_s:
         time.sleep(0.05)  # on a busy machine the log is read later than the server answers
-    libraries = [line.rsplit("/", 1)[-1] for line in server.log if re.search(r"loaded \S+ backend from ", line)]
+    libraries = server.libraries()
     if not held:
         return False, "the server's log does not say where the weights are"
     used = max(held, key=lambda name: held[name])
@@ -181,12 +181,24 @@ def _golden_ids(golden: list[dict[str, Any]], client: Client) -> tuple[bool, str
 
 
 def _answer(client: Client, model: dict[str, Any], prompt: dict[str, Any]) -> dict[str, Any]:
-    return client.chat(prompt["messages"], **_greedy(model, prompt))
+    return client.chat(prompt["messages"], logprobs=True, top_logprobs=1, **_greedy(model, prompt))
 
 
 def _greedy(model: dict[str, Any], prompt: dict[str, Any]) -> dict[str, object]:
     room = int(model["context"]) // int(model["parallel"]) - len(prompt["prompt_ids"])
     return {"temperature": 0, "seed": 0, "max_tokens": max(1, min(_MAX_TOKENS, room))}
+
+
+def _greedy_answers(
+    bundle: files.Bundle, client: Client, golden: list[dict[str, Any]], answers: list[dict[str, Any]]
+) -> tuple[bool, str]:
+    recorded = bundle.answers()
+    if recorded is None:
+        return True, "nothing to compare with: the bundle was built without recorded answers"
+    if not answers:
+        return False, "there is no answer to compare with"
+    own = [[int(token["id"]) for token in answer["tokens"]] for answer in answers]
+    return greedy.compare(client, [prompt["prompt_ids"] for prompt in golden], recorded, own)
 
 
 def _streamed(

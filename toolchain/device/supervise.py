@@ -6,6 +6,7 @@ edgectl, as a child: a release that is broken cannot break what leads back to th
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import stat
@@ -63,7 +64,7 @@ def run(home: Home, say: Callable[[str], None]) -> None:
     while True:
         wanted = home.to_serve()
         if wanted is None:
-            _write_note(note, release=None, state="idle", ended="no release has been found good")
+            _write_note(note, release=None, instead_of=None, state="idle", ended="no release has been found good")
             say("no release is to be served: waiting for an installation")
             while home.to_serve() is None:
                 time.sleep(_POLL_S)
@@ -96,7 +97,9 @@ class _Ended:
 def _serve(home: Home, release: str, wanted: str, note: Path, say: Callable[[str], None]) -> _Ended | None:
     """Serve `release` until another one than `wanted` is to be served (None), or its edgectl ends."""
     argv = [sys.executable, *_isolated(), str(home.folder(release) / "edgectl"), "serve", *_options(home, release)]
-    _write_note(note, release=release, state="starting", ended=None)
+    instead_of = wanted if release != wanted else None
+    tell = functools.partial(_write_note, note, release=release, instead_of=instead_of)
+    tell(state="starting")
     try:
         child = subprocess.Popen(
             argv,
@@ -109,7 +112,7 @@ def _serve(home: Home, release: str, wanted: str, note: Path, say: Callable[[str
             preexec_fn=die_with_parent(),  # noqa: PLW1509 - one prctl call, no locks taken
         )
     except OSError as error:
-        _write_note(note, release=release, state="ended", ended=str(error))
+        tell(state="ended", ended=str(error))
         return _Ended(1, f"cannot start {argv[0]}: {error.strerror}")
     errors: list[str] = []
 
@@ -119,7 +122,7 @@ def _serve(home: Home, release: str, wanted: str, note: Path, say: Callable[[str
             if line.startswith("error: "):
                 errors.append(line.removeprefix("error: ").rstrip("\n"))
             if line.startswith("ready after "):
-                _write_note(note, release=release, state="ready", ended=None)
+                tell(state="ready")
             _keep_log_short()
             say(line.rstrip("\n"))
 
@@ -135,7 +138,7 @@ def _serve(home: Home, release: str, wanted: str, note: Path, say: Callable[[str
         _stop(child)
         reader.join(1)
     ended = (errors or [f"its edgectl ended with {child.returncode}"])[-1]
-    _write_note(note, release=release, state="ended", ended=ended)
+    tell(state="ended", ended=ended)
     return _Ended(child.returncode, ended)
 
 
@@ -171,6 +174,9 @@ def _stop(child: "subprocess.Popen[str]") -> None:
             child.wait()
 
 
-def _write_note(path: Path, *, release: str | None, state: str, ended: str | None) -> None:
+def _write_note(
+    path: Path, *, release: str | None, instead_of: str | None, state: str, ended: str | None = None
+) -> None:
+    note = {"release": release, "instead_of": instead_of, "state": state, "ended": ended, "pid": os.getpid()}
     with contextlib.suppress(OSError, DeviceError):  # a full disk must not stop what is served
-        place.replace_json(path, {"release": release, "state": state, "ended": ended, "pid": os.getpid()})
+        place.replace_json(path, note)

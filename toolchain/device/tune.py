@@ -596,7 +596,7 @@ def _measured(
         "machine": before,
         "machine_after": probe.probe(),
         "started_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-        "seconds": round(time.time() - started, 1),
+        "seconds": round(time.monotonic() - search.started_s, 1),
         "options": asdict(options),
         "chat": {"prompt_tokens": search.prompt_tokens, "generated_tokens": _GENERATED_TOKENS},
         "golden_prompts": len(search.golden),
