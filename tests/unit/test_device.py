@@ -106,7 +106,10 @@ def test_placeholders_are_filled_once() -> None:
 
 def test_the_environment_cannot_change_the_server() -> None:
     environ = {"PATH": "/bin", "LLAMA_ARG_HOST": "0.0.0.0", "LD_LIBRARY_PATH": "/tmp", "GGML_BACKEND_PATH": "x"}
-    assert serve.clean_environment(environ) == {"PATH": "/bin"}
+    cleaned = serve.clean_environment(environ)
+    assert cleaned.pop("GLIBC_TUNABLES") == "glibc.malloc.hugetlb=1"
+    assert cleaned == {"PATH": "/bin"}
+    assert serve.clean_environment({"GLIBC_TUNABLES": "the user's"}) == {"GLIBC_TUNABLES": "the user's"}
 
 
 def test_threads_are_cores_this_process_may_use() -> None:
