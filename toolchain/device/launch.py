@@ -96,9 +96,9 @@ def launch(root: str, arguments: Sequence[str]) -> Launched | None:
 
 
 def _may_be_tuned(asked: Options, described: dict[str, Any]) -> bool:
-    home = asked.home or os.environ.get(HOME_VARIABLE) or default_home()
+    home = asked.home if asked.home is not None else os.environ.get(HOME_VARIABLE) or default_home()
     try:
-        names = os.listdir(f"{home}/{TUNED}")
+        names = os.listdir(os.path.join(home, TUNED))
     except FileNotFoundError:
         return False
     except OSError:
