@@ -5,12 +5,12 @@ import math
 import os
 import re
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from . import launch
 from .errors import DeviceError
@@ -27,7 +27,12 @@ from .launch import (
     free_port,
     read_keys,
 )
-from .tuned import Tuned
+
+if TYPE_CHECKING:
+    # Not needed while a server loads, which has the processor to itself then.
+    import subprocess
+
+    from .tuned import Tuned
 
 __all__ = ["KEY_VARIABLE", "check_address", "check_listen", "clean_environment", "fill", "free_port", "read_keys"]
 """Of the start, for those who have to do with servers."""
@@ -160,6 +165,8 @@ def local_address(host: str) -> str:
 
 def spawn(argv: Sequence[str], *, cwd: Path, stderr: int) -> "subprocess.Popen[str]":
     """Start one of the bundle's programs that is to end by itself; it dies with this process. Raises DeviceError."""
+    import subprocess
+
     try:
         return subprocess.Popen(
             argv,
@@ -208,6 +215,8 @@ def require_backend(bundle: Bundle) -> None:
     expected = str(bundle.manifest["runtime"]["backend"])
     if expected == "CPU":
         return
+    import subprocess
+
     argv = fill(bundle.presets()["devices"]["argv"], {"bundle": str(bundle.root)})
     with spawn(argv, cwd=bundle.root, stderr=subprocess.STDOUT) as child:
         try:
@@ -269,7 +278,7 @@ def run(
     host: str,
     port: int,
     key_file: Path | None,
-    tuned: Tuned | None = None,
+    tuned: "Tuned | None" = None,
     say: Callable[[str], None],
 ) -> None:
     """Serve until a signal (raised as an exception by `main`) ends it; a server that crashes is started again.
@@ -287,7 +296,7 @@ def _run(
     host: str,
     port: int,
     key_file: Path | None,
-    tuned: Tuned | None,
+    tuned: "Tuned | None",
     say: Callable[[str], None],
     first: Server | None,
 ) -> None:
