@@ -30,6 +30,8 @@ TUNED = "tuned"
 _PR_SET_PDEATHSIG = 1
 _SIGKILL, _SIGPIPE, _SIGTERM, _SIGXFSZ = 9, 13, 15, 25
 _POLL_S = 0.01
+_HEAD_START_S = 0.3
+"""A small model answers within it; to a larger one it is little."""
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -93,6 +95,14 @@ def launch(root: str, arguments: Sequence[str]) -> Launched | None:
     argv = server_argv(root, manifest.read_presets(root), host=asked.host, port=asked.port, key_file=asked.api_key_file)
     child = spawn(argv, cwd=root, key=environment_key(keys, asked.api_key_file))
     return Launched(asked, root, content, described, child)
+
+
+def give_way(child: Child) -> None:
+    """Leave the processor to the server for a while: what we load next takes as long as a core takes to load a small
+    model, and where no core is idle the server and its first answer would wait for us. It needs us for neither."""
+    end_s = child.spawned_at_s + _HEAD_START_S
+    while child.poll() is None and time.perf_counter() < end_s:
+        time.sleep(_POLL_S)
 
 
 def _may_be_tuned(asked: Options, described: dict[str, Any]) -> bool:

@@ -26,6 +26,7 @@ def main(root: str, arguments: list[str]) -> int:
             from . import cli
 
             return cli.run(root, arguments)
+        launch.give_way(launched.child)
         from . import serve
 
         serve.go_on(launched, say)
