@@ -2,9 +2,10 @@
 
     python benchmarks/cold_start.py BUNDLE --out cold_start.json [--python PYTHON_WITH_LLAMA_CPP_SERVER]
 
-Cases: `edgectl serve` of the bundle; its llama-server started bare, with the best flags; and
-`python -m llama_cpp.server` on the same GGUF. Each from the spawn of the first process to the first token of text over
-HTTP, page cache warm, round by round in another order. What happens inside the bare server is read off its own log.
+Cases: `edgectl serve` of the bundle; its llama-server started bare, with the best flags, and with a warm-up as it is
+without them; and `python -m llama_cpp.server` on the same GGUF. Each from the spawn of the first process to the first
+token of text over HTTP, page cache warm, round by round in another order. What happens inside the servers is read off
+their own logs.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from toolchain.evaluate.bootstrap import ratio_interval
 
 _LIMIT_S = 120.0
 _PROMPT = [{"role": "user", "content": "Which command lists files?"}]
+_BARE, _WARMED_UP = "bare llama-server", "bare, with warm-up"
 _PHASES = (
     ("libraries, backends", r"device_info:"),
     ("listening", r"load_model: loading model"),
@@ -42,22 +44,22 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--starts-only", action="store_true", help="without the speed of answers")
     parser.add_argument("--python", type=Path, help="an interpreter that has llama_cpp.server; left out: without it")
     options = parser.parse_args()
     bundle = files.open_bundle(options.bundle.resolve())
     meter.load([bundle.model, *(path for path in bundle.programs.iterdir() if path.is_file())])
-    cases = ["edgectl serve", "bare llama-server", *(["llama_cpp.server"] if options.python else [])]
+    cases = ["edgectl serve", _BARE, _WARMED_UP, *(["llama_cpp.server"] if options.python else [])]
     samples: dict[str, list[float]] = {case: [] for case in cases}
-    phases: list[dict[str, float]] = []
+    phases: dict[str, list[dict[str, float]]] = {case: [] for case in cases}
     order = random.Random(0)
     with meter.ForeignCpu() as foreign:
         for _ in range(options.rounds):
             for case in order.sample(cases, len(cases)):
                 seconds, log = _start(case, bundle, options.python)
                 samples[case].append(seconds)
-                if case == "bare llama-server":
-                    phases.append(_phases(log))
-    base = samples["bare llama-server"]
+                phases[case].append(_phases(log))
+    base = samples[_BARE]
     # Served answers follow a prompt: llama-bench is asked for the same depth.
     asked = bench.Options(depth=bench.Options().prompt_tokens, clients=(1,), repetitions=9)
     record = {
@@ -73,19 +75,20 @@ def main() -> None:
             }
             for case, values in samples.items()
         },
-        "phases_ms": {
-            name: 1000 * statistics.median(phase[name] for phase in phases if name in phase) for name, _ in _PHASES
-        },
-        "bench": bench.run(bundle, asked, lambda line: print(line, file=sys.stderr)),
+        "phases_ms": {case: _medians_ms(found) for case, found in phases.items()},
     }
+    if not options.starts_only:
+        record["bench"] = bench.run(bundle, asked, lambda line: print(line, file=sys.stderr))
     options.out.write_text(json.dumps(record, indent=2))
     for case, found in record["seconds_to_first_token"].items():
         ratio = record["ratio_to_bare"][case]
         print(f"{case:<20} {1000 * found['p50']:7.0f} ms  × {ratio['ratio']:.2f} {ratio['interval']}")
-    print({name: round(value, 1) for name, value in record["phases_ms"].items()})
-    metrics = record["bench"]["metrics"]
-    print("served ÷ llama-bench: decode", metrics["served_decode_tps"]["p50"] / metrics["tg128_d512_tps"]["p50"])
-    print("served ÷ llama-bench: prefill", metrics["served_prefill_tps"]["p50"] / metrics["pp512_tps"]["p50"])
+    for case, found in record["phases_ms"].items():
+        print(case, {name: round(value, 1) for name, value in found.items()})
+    if not options.starts_only:
+        metrics = record["bench"]["metrics"]
+        print("served ÷ llama-bench: decode", metrics["served_decode_tps"]["p50"] / metrics["tg128_d512_tps"]["p50"])
+        print("served ÷ llama-bench: prefill", metrics["served_prefill_tps"]["p50"] / metrics["pp512_tps"]["p50"])
     print(f"other programs used {foreign.share:.1%} of the processors")
 
 
@@ -93,13 +96,15 @@ def _start(case: str, bundle: files.Bundle, python: Path | None) -> tuple[float,
     """Seconds from spawn to the first token, and what the program said."""
     port, threads = serve.free_port(), str(serve.threads(bundle))
     model = str(bundle.model)
+    bare = [
+        *(str(bundle.programs / "llama-server"), "--model", model, "--port", str(port), "--threads", threads),
+        *("--ctx-size", str(bundle.manifest["model"]["context"]), "--parallel", "1", "--cache-ram", "0"),
+        *("--fit", "off", "--offline", "--no-ui", "--jinja", "--verbosity", "4", "--log-colors", "off"),
+    ]
     argv = {
         "edgectl serve": [*_system_python(), str(bundle.root / "edgectl"), "serve", "--port", str(port)],
-        "bare llama-server": [
-            *(str(bundle.programs / "llama-server"), "--model", model, "--port", str(port), "--threads", threads),
-            *("--ctx-size", str(bundle.manifest["model"]["context"]), "--parallel", "1", "--cache-ram", "0"),
-            *("--fit", "off", "--offline", "--no-ui", "--jinja", "--verbosity", "4", "--log-colors", "off"),
-        ],
+        _BARE: [*bare, "--no-warmup"],
+        _WARMED_UP: bare,
         "llama_cpp.server": [
             *(str(python), "-m", "llama_cpp.server", "--model", model, "--port", str(port), "--n_threads", threads),
             *("--n_ctx", str(bundle.manifest["model"]["context"])),
@@ -116,6 +121,11 @@ def _start(case: str, bundle: files.Bundle, python: Path | None) -> tuple[float,
         finally:
             child.terminate()
             child.wait()
+
+
+def _medians_ms(found: list[dict[str, float]]) -> dict[str, float]:
+    names = [name for name, _ in _PHASES if all(name in phases for phases in found)]
+    return {name: 1000 * statistics.median(phases[name] for phases in found) for name in names}
 
 
 def _wait_ready(child: "subprocess.Popen[bytes]", port: int, log: Path) -> None:

@@ -577,12 +577,12 @@ def _target(target: TargetProfile | None) -> TargetProfile:
 
 
 def _host_facts() -> dict[str, str]:
-    from toolchain.device import probe
+    from toolchain.device import cores, probe
 
     return {
         "board": str(probe.board()),
         "cpu": str(probe.cpu_model()),
-        "cpus": str(len(probe.usable_cpus())),
+        "cpus": str(len(cores.usable_cpus())),
         "memory_gib": str(probe.memory_bytes() >> 30),
     }
 

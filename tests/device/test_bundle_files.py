@@ -15,7 +15,7 @@ from tests.device import bundles, tiny_chat
 from tests.device.bundles import Make, edgectl, every_byte, target
 from toolchain.bundle import build
 from toolchain.bundle.manifest import BundleManifest
-from toolchain.device import files
+from toolchain.device import files, serve
 from toolchain.errors import ArtifactError, DataError, HostError, ModelError
 from toolchain.gguf import llama_cpp
 from toolchain.gguf.llama_cpp import LlamaCpp
@@ -43,6 +43,27 @@ def test_the_same_inputs_give_the_same_bytes(make: Make) -> None:
     first, second = every_byte(make("first")), every_byte(make("second"))
     assert {"manifest.json", "SHA256SUMS", "MODEL_CARD.md", "edgectl", "device/cli.py"} <= set(first)
     assert first == second
+
+
+def test_serve_starts_the_programs_before_it_loads_what_comes_after(make: Make) -> None:
+    folder = make()
+    code = (
+        f"import sys; sys.path.insert(0, {str(folder)!r}); from device import launch; "
+        f"started = launch.launch({str(folder)!r}, ['serve', '--port', '{serve.free_port()}', '--home', '/nowhere']); "
+        "print(*sys.modules); sys.exit(started.child.wait())"
+    )
+    argv = [sys.executable, "-I", "-S", "-B", "-c", code]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
+    assert not set(done.stdout.split()) & {"argparse", "json", "pathlib", "re", "socket", "subprocess", "threading"}
+
+
+def test_edgectl_is_started_by_any_shell_without_packages_and_settings(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "argparse.py").write_text("raise SystemExit('not isolated')")
+    (tmp_path / "a link").symlink_to(make() / "edgectl")
+    environ = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([tmp_path / "a link", "info"], env=environ, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "tiny 1.0 for x86-cpu" in done.stdout
 
 
 def test_the_id_changes_with_a_file_and_with_a_fact(make: Make) -> None:

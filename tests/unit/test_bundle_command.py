@@ -22,6 +22,14 @@ def test_the_server_gets_the_targets_values() -> None:
     assert options["--model"] == "{bundle}/model/a.gguf"
 
 
+def test_only_a_gpu_is_warmed_up() -> None:
+    def argv(target: str) -> list[str]:
+        return command.server_argv(read_target(target), model="m", alias="a", context=512)
+
+    assert "--no-warmup" in argv("rpi5")
+    assert "--no-warmup" not in argv("jetson-orin")
+
+
 def test_only_known_placeholders_are_left_for_the_device() -> None:
     presets = command.presets(read_target("x86-cpu"), model="model/a.gguf", alias="a", context=512)
     server = [*presets["server"]["argv"], *presets["server"]["api_key_argv"]]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import toolchain.device
-from toolchain.device import bench, files, measure, meter, probe, serve
+from toolchain.device import bench, cores, files, measure, meter, probe, serve
 from toolchain.device.client import Streamed
 from toolchain.device.errors import DeviceError, UsageError
 from toolchain.recipe import Bench
@@ -33,7 +33,7 @@ def test_a_module_imports_the_standard_library_and_its_siblings_only(path: Path)
             assert all(alias.name.split(".")[0] in sys.stdlib_module_names for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             assert node.module is not None
-            own = path.name == "edgectl.py" and node.module == "device.cli"
+            own = path.name == "edgectl.py" and node.module == "device.main"
             assert own or node.module.split(".")[0] in sys.stdlib_module_names
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 1
@@ -106,15 +106,18 @@ def test_placeholders_are_filled_once() -> None:
 
 def test_the_environment_cannot_change_the_server() -> None:
     environ = {"PATH": "/bin", "LLAMA_ARG_HOST": "0.0.0.0", "LD_LIBRARY_PATH": "/tmp", "GGML_BACKEND_PATH": "x"}
-    assert serve.clean_environment(environ) == {"PATH": "/bin"}
+    cleaned = serve.clean_environment(environ)
+    assert cleaned.pop("GLIBC_TUNABLES") == "glibc.malloc.hugetlb=1"
+    assert cleaned == {"PATH": "/bin"}
+    assert serve.clean_environment({"GLIBC_TUNABLES": "the user's"}) == {"GLIBC_TUNABLES": "the user's"}
 
 
 def test_threads_are_cores_this_process_may_use() -> None:
-    usable = probe.usable_cpus()
-    assert 1 <= probe.physical_cores() <= len(usable)
+    usable = cores.usable_cpus()
+    assert 1 <= cores.physical_cores() <= len(usable)
     try:
         os.sched_setaffinity(0, usable[:1])
-        assert probe.physical_cores() == 1
+        assert cores.physical_cores() == 1
     finally:
         os.sched_setaffinity(0, usable)
 

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 import toolchain.device
-from toolchain.device import cgroup, doctor, files, probe
+from toolchain.device import cgroup, cores, doctor, files, probe
 from toolchain.device.doctor import Finding
-from toolchain.device.system import FactError, System
+from toolchain.device.facts import FactError
+from toolchain.device.system import System
 from toolchain.gguf.llama_cpp import flags_of
 from toolchain.target import read_target, targets
 
@@ -418,7 +419,7 @@ def test_groups_of_version_1_count(old_x86: Machine) -> None:
         }
     )
     assert cgroup.memory(old_x86) == cgroup.Memory(2048 * _MIB, 1248 * _MIB)
-    assert cgroup.cpu_quota(old_x86) == probe.cpu_quota(old_x86) == 2.5
+    assert cores.cpu_quota(old_x86) == 2.5
 
 
 @pytest.mark.parametrize("listed", ["0::/../other\n", "0::/not/mounted/here\n", "garbage\n", ""])

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain.device import greedy, probe, serve
+from toolchain.device import greedy, launch, probe, serve
 from toolchain.device.client import Client
 from toolchain.device.errors import DeviceError
 from toolchain.errors import ExternalToolError
@@ -32,7 +32,8 @@ def record(
     _, *options = presets["server"]["argv"]
     argv = [str(llama.program("llama-server")), *serve.fill(options, values), *serve.TRACE]
     try:
-        with serve.Server(argv, host="127.0.0.1", port=port, cwd=folder) as server:
+        child = launch.spawn(argv, cwd=str(folder))
+        with serve.Server(child, host="127.0.0.1", port=port) as server:
             server.wait_ready(presets["server"]["ready_timeout_s"])
             client = Client("127.0.0.1", port)
             answers = [

@@ -31,6 +31,7 @@ def server_argv(target: TargetProfile, *, model: str, alias: str, context: int) 
         *("--parallel", str(target.server.parallel)),
         *("--cache-ram", str(target.server.cache_ram_mib)),
         *_gpu_layers(target),
+        *_warm_up(target),
         # What is not given would be shrunk to fit the memory; a bundle that does not fit must say so.
         *("--fit", "off"),
         # A web page that is open on the device has no business with the model.
@@ -52,6 +53,12 @@ def server_argv(target: TargetProfile, *, model: str, alias: str, context: int) 
 def _gpu_layers(target: TargetProfile) -> list[str]:
     layers = target.server.gpu_layers
     return [] if layers is None else ["--n-gpu-layers", str(layers)]
+
+
+def _warm_up(target: TargetProfile) -> list[str]:
+    """On a processor the first answer does all that a warm-up would, so that one would only be waited for. On a GPU it
+    loads kernels, which is not to be the first client's loss."""
+    return ["--no-warmup"] if target.runtime.backend == "CPU" else []
 
 
 def devices_argv() -> list[str]:

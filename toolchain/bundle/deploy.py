@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from toolchain import process
 from toolchain.bundle import seal
-from toolchain.device import files, releases
+from toolchain.device import files, launch, releases
 from toolchain.device.errors import RolledBackError
 from toolchain.errors import ExternalToolError, HostError, RecipeError
 
@@ -47,12 +47,11 @@ _SENT = re.compile(r"Total bytes sent: ([\d,]+)")
 # one who logs in: SUDO_USER is.
 _QUESTION = f"""\
 import json, os, platform, shutil, sys
-from pathlib import Path
-SYSTEM_HOME = Path({str(releases.SYSTEM_HOME)!r})
-{inspect.getsource(releases.default_home)}
+SYSTEM_HOME = {launch.SYSTEM_HOME!r}
+{inspect.getsource(launch.default_home)}
 release, home, staging = sys.argv[1:]
 login = os.path.expanduser("~" + os.environ.get("SUDO_USER", ""))
-home = os.path.join(login, home) if home else str(default_home())
+home = os.path.join(login, home) if home else default_home()
 try:
     with open(os.path.join(home, "state.json")) as file:
         good = json.load(file).get("good")

@@ -1,54 +1,25 @@
-"""`./edgectl VERB`: parse, call, print. The only module here that writes to the terminal."""
+"""`./edgectl VERB`: parse, call, print. This and main.py are the only modules here that write to the terminal."""
 
 import argparse
-import contextlib
 import json
 import os
-import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from . import files
+from . import files, launch
 from .errors import DeviceError, UsageError
+from .main import say as _say
 
 if TYPE_CHECKING:
     from .service import Service
 
 
-class _TerminatedError(Exception):
-    """SIGTERM, or the terminal is gone."""
-
-
-def main(root: Path, arguments: list[str]) -> int:
-    """Run one verb on the bundle at `root`; the exit code."""
-    signal.signal(signal.SIGTERM, _terminate)
-    signal.signal(signal.SIGHUP, _terminate)
+def run(root: str, arguments: list[str]) -> int:
+    """Run one verb on the bundle at `root`; the exit code. Raises DeviceError."""
     options = _parser(arguments[0] if arguments else None).parse_args(arguments)
-    try:
-        return int(options.call(root if options.takes_folder else files.open_bundle(root), options))
-    except DeviceError as error:
-        print(f"error: {error.message}", file=sys.stderr)
-        if error.hint:
-            print(f"hint: {error.hint}", file=sys.stderr)
-        return error.exit_code
-    except KeyError as error:
-        print(f"error: the bundle's JSON files lack the key {error}", file=sys.stderr)
-        print("hint: ./edgectl verify says which file was changed", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    except _TerminatedError:
-        return 143
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 1
-
-
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise _TerminatedError
+    folder = Path(root)
+    return int(options.call(folder if options.takes_folder else files.open_bundle(folder), options))
 
 
 def _parser(asked: str | None) -> argparse.ArgumentParser:
@@ -68,8 +39,9 @@ def _parser(asked: str | None) -> argparse.ArgumentParser:
 
 
 def _add_serve(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    verb.add_argument("--port", type=int, default=8080, help="port to listen on (default: %(default)s)")
+    known = launch.Options
+    verb.add_argument("--host", default=known.host, help="address to listen on (default: %(default)s)")
+    verb.add_argument("--port", type=int, default=known.port, help="port to listen on (default: %(default)s)")
     verb.add_argument("--api-key-file", type=Path, metavar="F", help="file with the keys that are let in, one a line")
     _tuned_home_option(verb)
     verb.add_argument("--no-tuned", action="store_true", help="the presets' settings, whatever tune has found")
@@ -202,9 +174,7 @@ def _home_options(verb: argparse.ArgumentParser, *, service: bool = True) -> Non
 
 
 def _tuned_home_option(verb: argparse.ArgumentParser) -> None:
-    from . import releases
-
-    home = os.environ.get(releases.HOME_VARIABLE) or releases.default_home()
+    home = os.environ.get(launch.HOME_VARIABLE) or launch.default_home()
     text = "folder where tune keeps what it has found (default: %(default)s)"
     verb.add_argument("--home", type=Path, default=Path(home), metavar="DIR", help=text)
 
@@ -218,12 +188,6 @@ def _signer_options(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument("--allowed-signers", type=Path, metavar="F", help=text)
     verb.add_argument("--signer", metavar="ID", help="require the signature of this one of them")
-
-
-def _say(line: str) -> None:
-    """A line of progress. Nobody may be listening any more: an installation is not broken off for that."""
-    with contextlib.suppress(OSError, ValueError):
-        print(line, file=sys.stderr, flush=True)
 
 
 def _print_json(record: dict[str, Any]) -> None:

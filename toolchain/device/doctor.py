@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from . import cgroup, files, meter, probe, serve, verify
+from . import cgroup, cores, files, meter, probe, serve, verify
 from .errors import DeviceError
+from .facts import FactError
 from .files import Bundle
-from .system import HERE, FactError, System
+from .system import HERE, System
 
 Level = Literal["ok", "warn", "fail", "unknown"]
 Verdict = tuple[Level, str, str | None]
@@ -209,7 +210,7 @@ def _offered(arch: str, system: System) -> set[str]:
 
 
 def _cpu_quota(bundle: Bundle, system: System) -> Verdict:
-    quota = cgroup.cpu_quota(system)
+    quota = cores.cpu_quota(system)
     if quota is None:
         return "ok", "the control group sets none", None
     asked: int | None = bundle.presets()["server"]["threads"]

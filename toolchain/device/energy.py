@@ -8,7 +8,8 @@ import itertools
 import threading
 import time
 
-from .system import HERE, FactError, System
+from .facts import FactError
+from .system import HERE, System
 
 _RAPL = "/sys/class/powercap/intel-rapl:[0-9]*"
 _SAMPLE_S = 0.2

@@ -3,29 +3,47 @@
 import hashlib
 import json
 import os
-import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import DeviceError
+from .manifest import (
+    AGAIN,
+    JSON_LIMIT_BYTES,
+    MANIFEST,
+    PRESETS,
+    SCHEMA_VERSION,
+    SIGNATURE,
+    SUMS,
+    folder_name,
+    is_plain,
+    parse_manifest,
+    read_json,
+    read_manifest,
+    read_presets,
+    read_small,
+)
 
-SCHEMA_VERSION = 1
-MANIFEST = "manifest.json"
-SUMS = "SHA256SUMS"
-SIGNATURE = "SHA256SUMS.sig"
-PRESETS = "presets.json"
+__all__ = [
+    "JSON_LIMIT_BYTES",
+    "MANIFEST",
+    "PRESETS",
+    "SCHEMA_VERSION",
+    "SIGNATURE",
+    "SUMS",
+    "folder_name",
+    "is_plain",
+    "parse_manifest",
+    "read_small",
+]
+"""Of the manifest, for those who have a bundle's files in hand: this module is the door to both."""
+
 GOLDEN = "eval/golden.json"
 ANSWERS = "eval/answers.json"
 SERVER_BYTES = 256 << 20
 """Compute buffers, libraries and a short context of a small model, beside its weights."""
-JSON_LIMIT_BYTES = 64 << 20
-"""No manifest is longer: a device's memory is not for what claims to be one."""
-MODES = ("0644", "0755")
-_AGAIN = "copy the bundle again"
-_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*", re.ASCII)
-_DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -52,98 +70,33 @@ class Bundle:
 
     def presets(self) -> dict[str, Any]:
         """How the server is started. Raises DeviceError."""
-        presets = _read_json(self.root / PRESETS)
-        if not isinstance(presets, dict):
-            raise DeviceError(f"{PRESETS} is not an object", hint=_AGAIN)
-        return presets
+        return read_presets(str(self.root))
 
     def golden(self) -> list[dict[str, Any]]:
         """Prompts with the ids they must be rendered to. Raises DeviceError."""
-        golden = _read_json(self.root / GOLDEN)
+        golden = read_json(str(self.root / GOLDEN))
         if not isinstance(golden, list):
-            raise DeviceError(f"{GOLDEN} is not a list", hint=_AGAIN)
+            raise DeviceError(f"{GOLDEN} is not a list", hint=AGAIN)
         return golden
 
     def answers(self) -> dict[str, Any] | None:
         """The golden prompts' recorded answers; None in a bundle that was built without. Raises DeviceError."""
         if ANSWERS not in self.manifest["files"]:
             return None
-        answers = _read_json(self.root / ANSWERS)
+        answers = read_json(str(self.root / ANSWERS))
         if not isinstance(answers, dict) or len(answers.get("answers", [])) != len(self.golden()):
-            raise DeviceError(f"{ANSWERS} does not answer {GOLDEN}", hint=_AGAIN)
+            raise DeviceError(f"{ANSWERS} does not answer {GOLDEN}", hint=AGAIN)
         return answers
 
 
 def open_bundle(root: Path) -> Bundle:
     """Read the manifest of the bundle at `root`. Raises DeviceError."""
-    content = _read(root / MANIFEST)
-    return Bundle(root, parse_manifest(content), hashlib.sha256(content).hexdigest())
+    return bundle_of(root, *read_manifest(str(root)))
 
 
-def parse_manifest(content: bytes) -> dict[str, Any]:
-    """The manifest, once it is known to list plain files inside the bundle and nothing else. Raises DeviceError."""
-    manifest = _json(content, MANIFEST)
-    if not isinstance(manifest, dict) or "schema_version" not in manifest:
-        raise DeviceError(f"{MANIFEST} is not a bundle's manifest", hint=_AGAIN)
-    if manifest["schema_version"] != SCHEMA_VERSION:
-        raise DeviceError(
-            f"{MANIFEST} has schema version {manifest['schema_version']}; this edgectl reads {SCHEMA_VERSION}",
-            hint="use the edgectl that came with the bundle",
-        )
-    wrong = _wrong_list(manifest.get("files")) or _wrong_name(manifest)
-    if wrong:
-        raise DeviceError(f"{MANIFEST} {wrong}", hint=f"it was not made by this toolchain, or was changed: {_AGAIN}")
-    return manifest
-
-
-def folder_name(manifest: dict[str, Any]) -> str:
-    """What a bundle's folder is called."""
-    return f"{manifest['name']}-{manifest['version']}-{manifest['target']['name']}"
-
-
-def is_plain(path: object) -> bool:
-    """Whether `path` leads nowhere but into the folder it is relative to, on any file system."""
-    return isinstance(path, str) and len(path) <= 240 and all(_PART.fullmatch(part) for part in path.split("/"))
-
-
-def _wrong_list(listed: object) -> str | None:
-    """What is wrong with the manifest's list of files."""
-    if not isinstance(listed, dict) or not listed:
-        return "lists no files"
-    seen: set[str] = {name.lower() for name in (MANIFEST, SUMS, SIGNATURE)}
-    for path, facts in listed.items():
-        if not is_plain(path):
-            return f"lists {path!r}, which is not a plain path inside the bundle"
-        if path.lower() in seen:
-            return f"lists {path!r} twice, or as a file of another purpose (upper and lower case count as one)"
-        seen.add(path.lower())
-        if not isinstance(facts, dict) or set(facts) != {"sha256", "bytes", "mode"}:
-            return f"says of {path} other things than sha256, bytes and mode"
-        if not isinstance(facts["sha256"], str) or not _DIGEST.fullmatch(facts["sha256"]):
-            return f"gives {path} no SHA-256"
-        if type(facts["bytes"]) is not int or facts["bytes"] < 0:
-            return f"gives {path} no size"
-        if facts["mode"] not in MODES:
-            return f"gives {path} the mode {facts['mode']!r}, not one of {', '.join(MODES)}"
-    for path in listed:
-        parents = path.lower().split("/")[:-1]
-        inside = next((depth for depth in range(1, len(parents) + 1) if "/".join(parents[:depth]) in seen), None)
-        if inside is not None:
-            return f"lists {path!r} inside of another file"
-    return None
-
-
-def _wrong_name(manifest: dict[str, Any]) -> str | None:
-    """What is wrong with the names by which the manifest calls itself, the model and the programs."""
-    try:
-        name, model, folder = folder_name(manifest), manifest["model"]["file"], manifest["runtime"]["folder"]
-    except (KeyError, TypeError):
-        return "does not say what it is: name, version, target, model and runtime"
-    if not is_plain(name) or "/" in name:
-        return f"calls its bundle {name!r}"
-    if model not in manifest["files"]:
-        return f"names the model {model!r}, which is not among its files"
-    return None if is_plain(folder) else f"has its programs in {folder!r}"
+def bundle_of(root: Path, manifest: dict[str, Any], content: bytes) -> Bundle:
+    """The bundle whose manifest was read."""
+    return Bundle(root, manifest, hashlib.sha256(content).hexdigest())
 
 
 def bundle_id(manifest: dict[str, Any]) -> str:
@@ -228,38 +181,3 @@ def _walk(root: Path) -> tuple[set[str], list[str]]:
             elif not stat.S_ISDIR(mode):
                 other.append(path.relative_to(root).as_posix())
     return plain, sorted(other)
-
-
-def read_small(path: Path, limit_bytes: int) -> bytes | None:
-    """A file that must be small, None when it is not there. Raises DeviceError for a link, a long one, or no access."""
-    try:
-        mode = path.lstat().st_mode
-        if not stat.S_ISREG(mode):
-            raise DeviceError(f"{path} is a link or special file; a bundle has plain files only", hint=_AGAIN)
-        with path.open("rb") as file:
-            content = file.read(limit_bytes + 1)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise DeviceError(f"{path} cannot be read: {error.strerror}") from None
-    if len(content) > limit_bytes:
-        raise DeviceError(f"{path} is longer than {limit_bytes >> 20} MiB: not a bundle's", hint=_AGAIN)
-    return content
-
-
-def _read(path: Path) -> bytes:
-    content = read_small(path, JSON_LIMIT_BYTES)
-    if content is None:
-        raise DeviceError(f"no {path.name} in {path.parent}", hint=f"this is not a whole bundle: {_AGAIN}")
-    return content
-
-
-def _json(content: bytes, name: str) -> Any:
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise DeviceError(f"{name} is damaged: {error}", hint=_AGAIN) from None
-
-
-def _read_json(path: Path) -> Any:
-    return _json(_read(path), str(path))

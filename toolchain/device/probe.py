@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from . import cgroup
-from .system import HERE, FactError, System, parse_int
+from .cores import CPUS, cpu_quota, physical_cores, usable_cpus
+from .facts import FactError, parse_int
+from .system import HERE, System
 
-_CPUS = Path("/sys/devices/system/cpu")
 _FIRMWARE_BITS = {0: "under-voltage", 1: "frequency capped", 2: "throttled", 3: "soft temperature limit"}
 """Of the mask that a Raspberry Pi's firmware keeps: now; the same ones since boot are 16 bits higher."""
 _COOLS_BY_CLOCK = re.compile(r"cpu|gpu|processor|devfreq|throttle|powerclamp", re.IGNORECASE)
@@ -57,27 +57,6 @@ def cpu_model() -> str | None:
     return None
 
 
-def usable_cpus() -> list[int]:
-    """Logical processors that this process may run on."""
-    return sorted(os.sched_getaffinity(0))
-
-
-def cpu_quota(system: System = HERE) -> float | None:
-    """Processors' worth of time that the control groups grant; None without a limit."""
-    return _or_none(cgroup.cpu_quota, system)
-
-
-def physical_cores() -> int:
-    """Physical cores that this process may use: hyper-threads of one core count once, and a quota is kept."""
-    cores = set()
-    for cpu in usable_cpus():
-        package = _text(_CPUS / f"cpu{cpu}/topology/physical_package_id")
-        core = _text(_CPUS / f"cpu{cpu}/topology/core_id")
-        cores.add((package, core) if core is not None else ("cpu", str(cpu)))
-    quota = cpu_quota()
-    return len(cores) if quota is None else max(1, min(len(cores), int(quota)))
-
-
 def memory_bytes() -> int:
     """Memory of the machine, or of the control group when that is less."""
     total = _meminfo("MemTotal")
@@ -119,12 +98,12 @@ def emulated(arch: str) -> str | None:
 
 
 def _governor() -> str | None:
-    return _text(_CPUS / f"cpu{usable_cpus()[0]}/cpufreq/scaling_governor")
+    return _text(f"{CPUS}/cpu{usable_cpus()[0]}/cpufreq/scaling_governor")
 
 
 def _frequencies_hz() -> list[int]:
     """Clock of each usable processor now, where the kernel says."""
-    found = [_text(_CPUS / f"cpu{cpu}/cpufreq/scaling_cur_freq") for cpu in usable_cpus()]
+    found = [_text(f"{CPUS}/cpu{cpu}/cpufreq/scaling_cur_freq") for cpu in usable_cpus()]
     return [int(khz) * 1000 for khz in found if khz and khz.isdigit()]
 
 
@@ -199,7 +178,7 @@ def _cooling(system: System) -> list[str] | None:
 
 def _counted(system: System) -> list[str] | None:
     """Times that x86 cores were too hot since boot; None where they are not counted."""
-    paths = system.glob(f"{_CPUS}/cpu[0-9]*/thermal_throttle/core_throttle_count")
+    paths = system.glob(f"{CPUS}/cpu[0-9]*/thermal_throttle/core_throttle_count")
     times = sum(parse_int(system.read(path) or "", path) for path in paths)
     return None if not paths else [f"cores too hot, {times} times"] if times else []
 
@@ -248,7 +227,7 @@ def probe() -> dict[str, Any]:
         "arch": platform.machine(),
         "logical_cpus": len(usable_cpus()),
         "physical_cores": physical_cores(),
-        "cpu_quota": cpu_quota(),
+        "cpu_quota": _or_none(cpu_quota, HERE),
         "memory_bytes": memory_bytes(),
         "memory_available_bytes": memory_available_bytes(),
         "kernel": platform.release(),

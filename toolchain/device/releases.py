@@ -26,27 +26,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from . import files, place, tuned
+from . import files, launch, place, tuned
 from .errors import BusyError, DeviceError
 
 SCHEMA_VERSION = 1
-HOME_VARIABLE = "EDGECTL_HOME"
-"""Tells a release's edgectl which home it is served from. Not an option: an older release does not know it."""
 _LOCK_WAIT_S = 10.0
 _RELEASE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*-[0-9a-f]{12}", re.ASCII)
 
-
-SYSTEM_HOME = Path("/var/lib/edgectl")
+SYSTEM_HOME = Path(launch.SYSTEM_HOME)
 
 
 def default_home() -> Path:
-    """The system's for root, and for a user without a home, as services are; else a folder of the user's own."""
-    if os.geteuid() == 0:
-        return SYSTEM_HOME
-    try:
-        return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "edgectl"
-    except RuntimeError:
-        return SYSTEM_HOME
+    """Where releases lie when no other folder is given."""
+    return Path(launch.default_home())
 
 
 def release_name(manifest: dict[str, Any]) -> str:
@@ -68,8 +60,8 @@ class State:
 class Settings:
     """How a release is served."""
 
-    host: str = "127.0.0.1"
-    port: int = 8080
+    host: str = launch.Options.host
+    port: int = launch.Options.port
     api_key_file: str | None = None
 
 

@@ -1,33 +1,46 @@
 """Start llama-server as the presets say, wait until it is ready, and stop it; no server outlives its edgectl."""
 
 import collections
-import ctypes
-import errno
-import ipaddress
 import math
 import os
 import re
 import signal
-import socket
-import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING
 
-from . import probe
-from .errors import BusyError, DeviceError, UsageError
-from .files import Bundle, sha256
-from .tuned import Tuned
+from . import launch
+from .errors import DeviceError
+from .files import Bundle, bundle_of, sha256
+from .launch import (
+    KEY_VARIABLE,
+    Child,
+    Launched,
+    check_address,
+    check_listen,
+    clean_environment,
+    die_with_parent,
+    fill,
+    free_port,
+    read_keys,
+)
 
-_PR_SET_PDEATHSIG = 1
+if TYPE_CHECKING:
+    # Not needed while a server loads, which has the processor to itself then.
+    import subprocess
+
+    from .tuned import Tuned
+
+__all__ = ["KEY_VARIABLE", "check_address", "check_listen", "clean_environment", "fill", "free_port", "read_keys"]
+"""Of the start, for those who have to do with servers."""
+
 _STOP_GRACE_S = 10.0
 _DEVICES_TIMEOUT_S = 60.0
 _POLL_S = 0.005
 _LOG_LINES = 4000
-KEY_VARIABLE = "EDGECTL_API_KEY"
 TRACE = ("--verbosity", "4")
 """The server then says which backend holds which buffer."""
 
@@ -35,17 +48,8 @@ TRACE = ("--verbosity", "4")
 class Server:
     """A running llama-server. Use in a `with` block: it is stopped at the end whatever happens."""
 
-    def __init__(
-        self,
-        argv: Sequence[str],
-        *,
-        host: str,
-        port: int,
-        cwd: Path,
-        key: str | None = None,
-        on_line: Callable[[str], None] | None = None,
-    ) -> None:
-        """Spawn it. Raises DeviceError when the program cannot be started."""
+    def __init__(self, child: Child, *, host: str, port: int, on_line: Callable[[str], None] | None = None) -> None:
+        """Take over a server that was spawned."""
         self.host, self.port = host, port
         self.health: list[str] = []
         """What /health said on the way up, each once: "refused", "503", "200"."""
@@ -55,8 +59,8 @@ class Server:
         self.ready_s = math.nan
         """Spawn → /health is 200, once `wait_ready` has returned."""
         self._on_line = on_line
-        self.spawned_at_s = time.perf_counter()
-        self._child = spawn(argv, cwd=cwd, stderr=subprocess.STDOUT, key=key)
+        self.spawned_at_s = child.spawned_at_s
+        self._child = child
         self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._reader.start()
 
@@ -93,21 +97,20 @@ class Server:
                 )
             time.sleep(_POLL_S)
 
-    def wait(self) -> int:
-        """Wait until the server ends by itself; its exit code."""
-        return self._child.wait()
+    def wait(self) -> None:
+        """Wait until the server ends by itself."""
+        self._child.wait()
 
     def stop(self) -> tuple[int, float]:
         """SIGTERM, and SIGKILL to one that does not listen: exit code (−9 when killed) and seconds taken."""
         start_s = time.perf_counter()
         if self._child.poll() is None:
             self._child.terminate()
-            try:
-                self._child.wait(_STOP_GRACE_S)
-            except subprocess.TimeoutExpired:
+            if self._child.wait(_STOP_GRACE_S) is None:
                 self._child.kill()
                 self._child.wait()
         self._reader.join(1)
+        assert self._child.returncode is not None
         return self._child.returncode, time.perf_counter() - start_s
 
     def libraries(self) -> list[str]:
@@ -126,6 +129,7 @@ class Server:
 
     def ended(self) -> str:
         code = self._child.returncode
+        assert code is not None
         if code >= 0:
             return f"ended with exit code {code}"
         more = " (a processor too old for the programs?)" if -code == signal.SIGILL else ""
@@ -133,8 +137,7 @@ class Server:
         return f"was ended by {signal.Signals(-code).name}{more}"
 
     def _read_log(self) -> None:
-        assert self._child.stdout is not None
-        with self._child.stdout as lines:
+        with open(self._child.output, encoding="utf-8", errors="replace") as lines:  # noqa: PTH123 - a descriptor
             for line in discreet(lines):
                 self.log.append(line.rstrip("\n"))
                 if self._on_line is not None:
@@ -166,25 +169,21 @@ def local_address(host: str) -> str:
     return "127.0.0.1" if host in ("0.0.0.0", "::") else host  # noqa: S104 - compared, not bound
 
 
-def spawn(argv: Sequence[str], *, cwd: Path, stderr: int, key: str | None = None) -> "subprocess.Popen[str]":
-    """Start one of the bundle's programs; it dies with this process. Raises DeviceError.
+def spawn(argv: Sequence[str], *, cwd: Path, stderr: int) -> "subprocess.Popen[str]":
+    """Start one of the bundle's programs that is to end by itself; it dies with this process. Raises DeviceError."""
+    import subprocess
 
-    A `key` goes by the environment, which unlike the arguments only its user can read.
-    """
-    environment = clean_environment(os.environ)
-    if key is not None:
-        environment["LLAMA_API_KEY"] = key
     try:
         return subprocess.Popen(
             argv,
             cwd=cwd,
-            env=environment,
+            env=clean_environment(os.environ),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
             errors="replace",
-            start_new_session=True,  # Ctrl-C reaches edgectl alone, which then asks the server once
+            start_new_session=True,  # Ctrl-C reaches edgectl alone
             preexec_fn=die_with_parent(),  # noqa: PLW1509 - one prctl call, no locks taken
         )
     except OSError as error:
@@ -209,9 +208,9 @@ def start(
     Of an option that is given twice llama-server takes the later one: `extra` overrides the presets.
     """
     require_backend(bundle)
-    command = server_argv(bundle, host=host, port=port, key_file=key_file, thread_count=thread_count)
-    argv = [*command, *extra]
-    return Server(argv, host=host, port=port, cwd=bundle.root, key=key, on_line=on_line)
+    root, file = str(bundle.root), None if key_file is None else str(key_file)
+    command = launch.server_argv(root, bundle.presets(), host=host, port=port, key_file=file, thread_count=thread_count)
+    return Server(launch.spawn([*command, *extra], cwd=root, key=key), host=host, port=port, on_line=on_line)
 
 
 def require_backend(bundle: Bundle) -> None:
@@ -222,6 +221,8 @@ def require_backend(bundle: Bundle) -> None:
     expected = str(bundle.manifest["runtime"]["backend"])
     if expected == "CPU":
         return
+    import subprocess
+
     argv = fill(bundle.presets()["devices"]["argv"], {"bundle": str(bundle.root)})
     with spawn(argv, cwd=bundle.root, stderr=subprocess.STDOUT) as child:
         try:
@@ -238,141 +239,13 @@ def require_backend(bundle: Bundle) -> None:
         )
 
 
-def server_argv(
-    bundle: Bundle, *, host: str, port: int, key_file: Path | None, thread_count: int | None = None
-) -> list[str]:
-    """The presets' command with its placeholders filled in; `thread_count` when other than the presets'."""
-    server: dict[str, Any] = bundle.presets()["server"]
-    template = [*server["argv"], *(server["api_key_argv"] if key_file is not None else [])]
-    values = {
-        "bundle": str(bundle.root),
-        "host": host,
-        "port": str(port),
-        "threads": str(threads(bundle) if thread_count is None else thread_count),
-        "api_key_file": str(key_file),
-    }
-    return fill(template, values)
-
-
-def fill(template: Sequence[str], values: Mapping[str, str]) -> list[str]:
-    """Replace each {name} by its value, once: a value with braces in it stays as it is."""
-    return [re.sub(r"\{([a-z_]+)\}", lambda match: values[match[1]], part) for part in template]
-
-
 def threads(bundle: Bundle) -> int:
     """Threads of the presets, or the physical cores this process may use."""
-    asked: int | None = bundle.presets()["server"]["threads"]
-    return probe.physical_cores() if asked is None else asked
+    return launch.threads(bundle.presets())
 
 
 def ready_timeout_s(bundle: Bundle) -> float:
     return float(bundle.presets()["server"]["ready_timeout_s"])
-
-
-def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment without what would change the server behind the presets' back."""
-    return {
-        name: value
-        for name, value in environ.items()
-        if not name.startswith(("LLAMA_", "GGML_", "AIP_"))
-        and name not in ("LD_LIBRARY_PATH", "LD_PRELOAD", KEY_VARIABLE)
-    }
-
-
-def check_address(host: str, port: int, *, has_key: bool) -> None:
-    """Refuse what cannot work or is not safe, before anything starts. Raises UsageError and DeviceError."""
-    check_listen(host, port, has_key=has_key)
-    try:
-        _bind(host, port)
-    except socket.gaierror:
-        raise UsageError(f"--host {host}: no such address") from None
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            free = free_port(host)
-            raise BusyError(
-                f"port {port} on {host} is in use",
-                hint=f"port {free} is free: ./edgectl serve --port {free}",
-            ) from None
-        raise DeviceError(f"cannot listen on {host} port {port}: {error.strerror}") from None
-
-
-def check_listen(host: str, port: int, *, has_key: bool) -> None:
-    """An address that may be listened on. Raises UsageError."""
-    if not 1 <= port <= 65535:
-        raise UsageError(f"--port {port}: not between 1 and 65535")
-    if not has_key and not _is_loopback(host):
-        raise UsageError(
-            f"--host {host} is open to the network and there is no API key",
-            hint=f"add --api-key-file F or set {KEY_VARIABLE}, or leave --host out",
-        )
-
-
-def free_port(host: str = "127.0.0.1") -> int:
-    """A port that is free now."""
-    return _bind(host, 0)
-
-
-def _bind(host: str, port: int) -> int:
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    with socket.socket(family, kind, protocol) as listener:
-        # As llama-server binds: a connection that is still winding down does not block the port.
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        return int(listener.getsockname()[1])
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def read_keys(key_file: Path | None) -> list[str]:
-    """The keys that are let in: a file's, one a line, or that of the environment; empty when none is set.
-
-    Raises UsageError.
-    """
-    if key_file is None:
-        key = os.environ.get(KEY_VARIABLE)
-        if key is not None and not key.strip():
-            raise UsageError(f"{KEY_VARIABLE} is set and empty", hint="unset it, or give it the key")
-        # llama-server would take the parts between commas for keys of their own.
-        if key is not None and ("," in key or not _can_be_sent(key)):
-            raise UsageError(f"{KEY_VARIABLE}: not one key", hint=f"{_KEY_FORM}, and no comma")
-        return [] if key is None else [key]
-    try:
-        lines = key_file.read_bytes().decode("utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--api-key-file {key_file}: cannot be read: {error}") from None
-    keys = [line for line in lines if line and not line.startswith("#")]
-    if not keys:
-        raise UsageError(f"--api-key-file {key_file}: holds no key", hint="one key on each line")
-    for number, line in enumerate(lines, 1):
-        # llama-server takes a line as it is, and would wait for a key that no client can send.
-        if line in keys and not _can_be_sent(line):
-            why = "ends as Windows ends lines" if line.endswith("\r") else "is no key"
-            raise UsageError(f"--api-key-file {key_file}: line {number} {why}", hint=_KEY_FORM)
-    return keys
-
-
-_KEY_FORM = "a key is printable ASCII, without blanks before and after it"
-
-
-def _can_be_sent(key: str) -> bool:
-    return key.isascii() and key.isprintable() and key == key.strip()
-
-
-def die_with_parent() -> Callable[[], None]:
-    """For the child before exec: Linux kills it when its parent dies, so a kill −9 of edgectl leaves no server."""
-    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
-
-    def ask() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:
-            os._exit(1)
-
-    return ask
 
 
 class Restarts:
@@ -396,36 +269,59 @@ class Restarts:
         return float(min(self.LONGEST_S, self.FIRST_S * 2 ** (self._in_a_row - 1)))
 
 
+def go_on(launched: Launched, say: Callable[[str], None]) -> None:
+    """Serve with a server that was started already; otherwise as `run`."""
+    asked = launched.options
+    bundle = bundle_of(Path(launched.root), launched.manifest, launched.content)
+    first = Server(launched.child, host=asked.host, port=asked.port, on_line=say)
+    key_file = None if asked.api_key_file is None else Path(asked.api_key_file)
+    _run(bundle, host=asked.host, port=asked.port, key_file=key_file, tuned=None, say=say, first=first)
+
+
 def run(
     bundle: Bundle,
     *,
     host: str,
     port: int,
     key_file: Path | None,
-    tuned: Tuned | None = None,
+    tuned: "Tuned | None" = None,
     say: Callable[[str], None],
 ) -> None:
-    """Serve until a signal (raised as an exception by `cli`) ends it; a server that crashes is started again.
+    """Serve until a signal (raised as an exception by `main`) ends it; a server that crashes is started again.
 
     With `tuned` settings, unless it does not start with them. Raises DeviceError when it does not become ready, or
     crashes again and again.
     """
+    check_address(host, port, has_key=bool(read_keys(key_file)))
+    _run(bundle, host=host, port=port, key_file=key_file, tuned=tuned, say=say, first=None)
+
+
+def _run(
+    bundle: Bundle,
+    *,
+    host: str,
+    port: int,
+    key_file: Path | None,
+    tuned: "Tuned | None",
+    say: Callable[[str], None],
+    first: Server | None,
+) -> None:
     keys = read_keys(key_file)
-    check_address(host, port, has_key=bool(keys))
     restarts = Restarts()
     say("settings: the presets'" if tuned is None else f"settings: tuned, {tuned.gain:.2f} × as fast: {tuned}")
     while True:
-        start_s = time.monotonic()
-        with start(
+        server = first or start(
             bundle,
             host=host,
             port=port,
-            key_file=key_file and key_file.resolve(),
-            key=keys[0] if keys and key_file is None else None,
+            key_file=key_file,
+            key=launch.environment_key(keys, key_file),
             thread_count=tuned.threads if tuned is not None else None,
             extra=tuned.arguments if tuned is not None else (),
             on_line=say,
-        ) as server:
+        )
+        first = None
+        with server:
             digest = _Digest(bundle.model)
             try:
                 seconds = server.wait_ready(ready_timeout_s(bundle))
@@ -441,7 +337,7 @@ def run(
             say(f"ready after {seconds:.2f} s: {name} on {url} (chat page) and {url}/v1 (API)")
             server.wait()
             ended = f"llama-server {server.ended()}: {server.last_error()}"
-        wait_s = restarts.after(time.monotonic() - start_s)
+        wait_s = restarts.after(time.perf_counter() - server.spawned_at_s)
         if wait_s is None:
             raise DeviceError(f"{ended}; it ended {restarts.LIMIT + 1} times in a row", hint="./edgectl doctor, smoke")
         say(f"{ended}; started again in {wait_s:g} s")

@@ -21,8 +21,9 @@ from typing import Any
 
 from . import place
 from .errors import BusyError, DeviceError
-from .releases import HOME_VARIABLE, Home
-from .serve import Restarts, die_with_parent
+from .launch import HOME_VARIABLE, die_with_parent
+from .releases import Home
+from .serve import Restarts
 
 _POLL_S = 0.1
 _STOP_GRACE_S = 15.0

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import meter
+from .facts import FactError, Files
 
 _PROGRAM_TIMEOUT_S = 10.0
 _METERED_S = 1.0
@@ -16,44 +17,11 @@ _SYSTEM_PROGRAMS = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 """Where nvpmodel and vcgencmd lie: a user's PATH may leave out sbin, and may lead elsewhere."""
 
 
-class FactError(Exception):
-    """A fact that should be there and cannot be read: the reason, and what helps."""
-
-    def __init__(self, reason: str, *, remedy: str | None = None) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.remedy = remedy
-
-
 @dataclass(frozen=True)
-class System:
+class System(Files):
     """This machine. Paths are given as they are on it, and read below `root`."""
 
     root: Path = Path("/")
-
-    def exists(self, path: str) -> bool:
-        return self._place(path).exists()
-
-    def read(self, path: str) -> str | None:
-        """A file's text, stripped; None when there is no such file. Raises FactError when it is closed to us."""
-        try:
-            return self._place(path).read_text(encoding="utf-8", errors="replace").strip("\0 \n")
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            raise FactError(f"{path} cannot be read: {error.strerror}") from None
-
-    def number(self, path: str) -> int | None:
-        """A file that holds one whole number; None when there is none. Raises FactError."""
-        text = self.read(path)
-        return None if text is None else parse_int(text, path)
-
-    def text(self, path: str) -> str | None:
-        """A file's text; None also when it is empty or cannot be read."""
-        try:
-            return self.read(path) or None
-        except FactError:
-            return None
 
     def glob(self, pattern: str) -> list[str]:
         """Paths on this machine that match, sorted."""
@@ -105,16 +73,8 @@ class System:
     def year(self) -> int:
         return time.gmtime().tm_year
 
-    def _place(self, path: str) -> Path:
-        return self.root / path.lstrip("/")
+    def _at(self, path: str) -> str:
+        return str(self.root / path.lstrip("/"))
 
 
 HERE = System()
-
-
-def parse_int(text: str, source: str) -> int:
-    """The whole number that `source` says. Raises FactError."""
-    try:
-        return int(text)
-    except ValueError:
-        raise FactError(f"{source} says {text[:60]!r}, which is no number") from None

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import files, meter, place, probe, serve, tuned
+from . import cores, files, meter, place, probe, serve, tuned
 from .client import Client, Messages
 from .errors import BusyError, DeviceError, UsageError
 from .measure import percentile
@@ -358,7 +358,7 @@ class _Search:
         self.reference, self.answers_s = first.answers, first.seconds
         self.presets.append(self.block(PRESETS, _SINGLE_REPETITIONS, self.search_end_s))
         threads = serve.threads(self.bundle)
-        other = Candidate(threads=threads - 1 if threads > 1 else min(2, len(probe.usable_cpus())))
+        other = Candidate(threads=threads - 1 if threads > 1 else min(2, len(cores.usable_cpus())))
         try:
             answers = self.block(other, 0, self.search_end_s, answers=True).answers
         except DeviceError:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import files, probe
+from . import files, launch, probe
 from .errors import DeviceError
 
 SCHEMA_VERSION = 1
-FOLDER = "tuned"
+FOLDER = launch.TUNED
 FLAGS = {
     "--threads-batch": True,
     "--no-repack": False,
@@ -53,7 +53,7 @@ def fingerprint(facts: Mapping[str, Any]) -> str:
 
 def record_path(home: Path, bundle_id: str, device: str) -> Path:
     """The record of one bundle on one machine."""
-    return home / FOLDER / f"{bundle_id.removeprefix('sha256:')[:12]}-{device[:12]}.json"
+    return home / FOLDER / f"{launch.tuned_prefix(bundle_id)}{device[:12]}.json"
 
 
 def read(home: Path, bundle: files.Bundle, device: str) -> dict[str, Any] | None:
