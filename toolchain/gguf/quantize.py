@@ -26,6 +26,7 @@ from toolchain.disk import require_free
 from toolchain.errors import ExternalToolError, RecipeError
 from toolchain.evaluate.answer_scores import token_f1
 from toolchain.evaluate.bootstrap import paired_interval
+from toolchain.evaluate.divergence import Logprobs, kl
 from toolchain.gguf import imatrix, score, search, speed
 from toolchain.gguf.ggml import read_importance
 from toolchain.gguf.header import GgufFacts, read_facts
@@ -43,7 +44,6 @@ ANSWERED = 32
 _ROUNDS, _NEW_TOKENS = 5, 64
 """Of llama-bench."""
 FULL, NO_MATRIX, STOCK, ERROR_AWARE = "16-bit", "stock, no matrix", "stock", "error-aware"
-Logprobs = npt.NDArray[np.float32]
 
 _FALLBACK = re.compile(
     r"warning: (\S+) +- ncols +(\d+) not divisible by +\d+ \(required for type +(\S+)\).*-> falling back to +(\S+)"
@@ -337,7 +337,7 @@ class _Sums:
 
     def add(self, row: Row, p: Logprobs, reference: Logprobs, found: Logprobs) -> None:
         """`p` is exp(reference), taken once for all files."""
-        self.kl.append((p * (reference - found)).sum(-1, dtype=np.float64))
+        self.kl.append(kl(reference, found, p=p))
         self._same += int((reference.argmax(-1) == found.argmax(-1)).sum())
         self._nll -= float(found[np.arange(len(found)), list(row.answer_ids)].sum(dtype=np.float64))
 
