@@ -1,8 +1,12 @@
 """What several files of this folder start from."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 
 from tests.stages.published import Published
+from tests.stages.recipe_files import make_recipe, toolchain
 from toolchain import errors
 from toolchain.gguf import llama_cpp
 from toolchain.target import read_target
@@ -19,3 +23,19 @@ def llama() -> llama_cpp.LlamaCpp:
 @pytest.fixture(scope="session")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Published:
     return Published(tmp_path_factory.mktemp("published"))
+
+
+@pytest.fixture(scope="session")
+def done(llama: llama_cpp.LlamaCpp, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe whose stages have run up to the ledger; tests leave it as it is."""
+    recipe = make_recipe(tmp_path_factory.mktemp("tiny"))
+    ran = toolchain(recipe, "run", "--until", "evaluate")
+    assert ran.returncode == 0, ran.stderr
+    return recipe
+
+
+@pytest.fixture
+def copy(done: Path, tmp_path: Path) -> Path:
+    """The same, to spoil."""
+    shutil.copytree(done.parent, tmp_path / "copy", symlinks=True)
+    return tmp_path / "copy" / "recipe.toml"

@@ -21,6 +21,7 @@ from tests.tiny import give_byte_level_tokenizer, make_tiny_checkpoint
 from toolchain import errors
 from toolchain.data.rows import Row, write_rows
 from toolchain.gguf import convert, imatrix, quantize, score
+from toolchain.gguf.checkpoint import PROBES
 from toolchain.gguf.ggml import read_importance
 from toolchain.gguf.header import read_facts, read_metadata
 from toolchain.gguf.llama_cpp import LlamaCpp
@@ -136,7 +137,7 @@ def test_the_gguf_is_the_same_each_time_and_names_no_folder(
     metrics = to_gguf(moved, tmp_path, llama, name=NAME)
     again = tmp_path / convert.OUTPUT
     assert again.read_bytes() == converted.read_bytes()
-    assert metrics["tokenizer_probes"] > 2 * len(convert.PROBES)
+    assert metrics["tokenizer_probes"] > 2 * len(PROBES)
     metadata = read_metadata(again)
     assert metadata["general.name"] == NAME
     assert not [key for key, value in metadata.items() if str(tmp_path) in str(value) or "mistral" in str(value)]
@@ -184,19 +185,12 @@ def test_the_gguf_says_of_itself_what_the_recipe_says_and_nothing_else(
 def test_logits_that_come_out_different_stop_the_run_and_the_furthest_place_is_shown(
     checkpoint: Path, llama: LlamaCpp, tmp_path: Path
 ) -> None:
-    """llama.cpp and Transformers part over a scaling of positions that only one of them is told of."""
+    """llama.cpp takes every Llama's activation for SiLU, whatever config.json says."""
     other = shutil.copytree(checkpoint, tmp_path / "model")
-    (tmp_path / "one").mkdir()
-    (tmp_path / "other").mkdir()
-    to_gguf(checkpoint, tmp_path / "one", llama)
     raw = json.loads((other / "config.json").read_text())
-    raw["rope_parameters"] = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
-    (other / "config.json").write_text(json.dumps(raw))
-    texts = ["How do I copy a file to another machine? Use scp."]
+    (other / "config.json").write_text(json.dumps(raw | {"hidden_act": "relu"}))
     with pytest.raises(errors.GateError, match=r"(?s)mean KL .*furthest after '.*': KL .*likeliest '") as caught:
-        convert.check_logits(
-            tmp_path / "one" / convert.OUTPUT, texts, model=other, max_kl=1e-3, llama=llama, report=Silent()
-        )
+        to_gguf(other, tmp_path, llama)
     assert "convert.max_kl is 1.00e-03" in caught.value.message.replace("\n", " ")
 
 

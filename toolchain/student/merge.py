@@ -23,7 +23,7 @@ from toolchain.errors import GateError, ModelError
 from toolchain.evaluate.divergence import kl
 from toolchain.recipe import Merge
 from toolchain.reporter import Reporter, bar
-from toolchain.student import load, precision
+from toolchain.student import checkpoint_files, load, precision
 from toolchain.student.base import copy_tokenizer
 
 _MARK = "merged.json"
@@ -184,7 +184,7 @@ def _device_for(base: Path) -> torch.device:
     """Where two models of this size are scored in float32: a GPU if they leave half its free memory, else the CPU."""
     device = precision.pick_device()
     if device.type == "cuda":
-        parameters = sum(math.prod(info.shape) for info in load.tensors_of(base).values())
+        parameters = sum(math.prod(info.shape) for info in checkpoint_files.tensors_of(base).values())
         free, _ = torch.cuda.mem_get_info()
         return device if 2 * 4 * parameters < free / 2 else torch.device("cpu")
     return device
