@@ -82,6 +82,12 @@ def descendants(pid: int) -> list[int]:
     return [each for child in children for each in (child, *descendants(child))]
 
 
+def processor_seconds() -> float:
+    """Of all processes that this one has started and that are over."""
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent.ru_utime + spent.ru_stime
+
+
 @contextmanager
 def watched() -> Iterator[Memory]:
     """Memory of what this process starts meanwhile."""
@@ -128,12 +134,14 @@ def conversions(work: Path, made: Path, rounds: int) -> dict[str, Any]:
         for name, way in ways.items():
             out = made / "convert"
             shutil.rmtree(out, ignore_errors=True)
-            started = time.monotonic()
+            started, before = time.monotonic(), processor_seconds()
             metrics = way(work, out)
             # The first warms up the page cache.
             if number:
-                found.setdefault(name, {"seconds": []})["seconds"].append(time.monotonic() - started)
-                found[name]["metrics"] = metrics
+                one = found.setdefault(name, {"seconds": [], "processor_seconds": []})
+                one["seconds"].append(time.monotonic() - started)
+                one["processor_seconds"].append(processor_seconds() - before)
+                one["metrics"] = metrics
     for name, way in ways.items():
         shutil.rmtree(made / "convert")
         with watched() as memory:
@@ -142,7 +150,8 @@ def conversions(work: Path, made: Path, rounds: int) -> dict[str, Any]:
     for name in ways:
         one, seconds = found[name], found[name]["seconds"]
         print(
-            f"convert, {name:9} {median(seconds):6.1f} s ({min(seconds):.1f} to {max(seconds):.1f}); "
+            f"convert, {name:9} {median(seconds):6.1f} s ({min(seconds):.1f} to {max(seconds):.1f}), "
+            f"{median(one['processor_seconds']):.1f} s of processors; "
             f"one process {one['most_of_one'] / 2**20:.0f} MiB, at once {one['most_at_once'] / 2**20:.0f} MiB"
         )
     ratios = [

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from gguf import GGMLQuantizationType
 
 from toolchain import process
 from toolchain.data.rows import Row, read_rows
@@ -94,6 +95,7 @@ def run(settings: Quantize, inputs: Inputs, *, llama: LlamaCpp, out: Path, repor
         allocation |= _error_aware(settings, inputs, quantizer, llama, out, report)
     elif inputs.plan is not None:
         allocation["kind"] = "plan"
+        check_plan(inputs.plan)
         shutil.copyfile(inputs.plan, out / PLAN)
         quantizer.write(target, plan=out / PLAN)
     else:
@@ -173,6 +175,22 @@ class _LlamaQuantize:
             # The folder's name must not be in the file: llama-quantize records the matrix as it is called.
             process.run(argv, log=self._log, cwd=matrix_file.parent, on_line=on_line, hint=f"full output: {self._log}")
         return lines
+
+
+def check_plan(path: Path) -> None:
+    """Raises RecipeError at the first entry that is not `regular expression=type`: llama-quantize answers one with its
+    usage and names no line."""
+    hint = "an entry is a regular expression of tensor names, = and a type, such as ^output\\.weight$=q6_k"
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        for entry in line.split():
+            pattern, _, kind = entry.partition("=")
+            if kind.upper() not in GGMLQuantizationType.__members__:
+                raise RecipeError(f"{path}: line {number}: {entry!r}: no type {kind!r}", hint=hint)
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                message = f"{path}: line {number}: {pattern!r} is no regular expression: {error}"
+                raise RecipeError(message, hint=hint) from error
 
 
 def quantize_argv(
