@@ -234,7 +234,7 @@ def _teacher(settings: Teacher, inputs: Inputs, out: Path, report: Reporter) -> 
 
 def _student(settings: StudentSettings, inputs: Inputs, out: Path, report: Reporter) -> Metrics:
     from toolchain.student import base
-    from toolchain.student.load import read_config
+    from toolchain.student.checkpoint_files import read_config
 
     # Said here, before hours of training, and not when the bundle is built.
     positions = read_config(inputs["model"]).get("max_position_embeddings")

@@ -36,12 +36,14 @@ def run(
     hint: str | None = None,
     group: "Group | None" = None,
     elsewhere: bool = False,
+    pass_fds: Sequence[int] = (),
 ) -> None:
     """Run a program to its end; stdout and stderr together go to `log`, line by line to `on_line`.
 
     With `stdout`, what the program prints there goes to that file, and only stderr to the log. With `group`, another
-    thread can end it. Raises ExternalToolError when it is missing, fails or is killed, and HostError when it fails and
-    told of a full disk; of a program that works `elsewhere`, that disk is not ours.
+    thread can end it. It inherits `pass_fds`, under their numbers. Raises ExternalToolError when it is missing, fails
+    or is killed, and HostError when it fails and told of a full disk; of a program that works `elsewhere`, that disk is
+    not ours.
     """
     name = Path(argv[0]).name
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -63,6 +65,7 @@ def run(
                 stderr=subprocess.STDOUT if result is None else subprocess.PIPE,
                 text=True,
                 errors="replace",
+                pass_fds=pass_fds,
                 preexec_fn=die_with_parent,  # noqa: PLW1509 - one prctl call, no locks taken
             )
         except OSError as error:

@@ -16,6 +16,7 @@ from tests.stages.gguf_files import to_gguf, to_matrix
 from tests.stages.published import LLAMA_3, QWEN
 from tests.tiny import make_tiny_checkpoint
 from toolchain.gguf import convert, quantize
+from toolchain.gguf.checkpoint import PROBES
 from toolchain.gguf.header import read_facts
 from toolchain.gguf.llama_cpp import LlamaCpp
 from toolchain.recipe import Quantize
@@ -85,7 +86,7 @@ def test_a_family_is_converted_with_its_tokenizer_template_and_logits_and_quanti
     model = make(tmp_path / "model", *FAMILIES[family], published)
     metrics = to_gguf(model, tmp_path, llama)
     assert 0 <= metrics["mean_kl"] <= 1e-3
-    assert metrics["tokenizer_probes"] > 2 * len(convert.PROBES)
+    assert metrics["tokenizer_probes"] > 2 * len(PROBES)
     assert metrics["read_as_control"] == (("</s>",) if "Qwen" in family else ())
     tokenizer = load_tokenizer(model)
     ids = tuple(tokenizer("Use scp with the source first and the target after it. " * 12)["input_ids"])

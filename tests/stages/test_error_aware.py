@@ -18,6 +18,7 @@ from tests.stages.gguf_files import to_gguf, to_matrix
 from tests.tiny import make_tiny_checkpoint
 from toolchain import errors
 from toolchain.data.rows import Row, write_rows
+from toolchain.evaluate.divergence import kl
 from toolchain.gguf import convert, quantize, score, search
 from toolchain.gguf.ggml import Quantizer, read_importance
 from toolchain.gguf.header import read_facts
@@ -117,7 +118,7 @@ def test_exchanged_weights_are_computed_with_and_the_file_keeps_its_own(
         strict=True,
     )
     for p, q in pairs:
-        total += float((np.exp(p) * (p - q)).sum())
+        total += float(kl(p, q).sum())
         tokens += len(p)
     assert changed.shape == (int(tokens),)
     assert changed.mean() == pytest.approx(total / tokens, rel=0.02)

@@ -331,10 +331,10 @@ def described(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.llama_cpp
 def test_a_gguf_that_llama_cpp_runs_is_described_without_weights(teacher: Path, described: Path) -> None:
-    from toolchain.student import load
+    from toolchain.student import checkpoint_files, load
 
     assert not list(described.glob("*.safetensors"))
-    config = load.read_config(described)
+    config = checkpoint_files.read_config(described)
     assert (config["vocab_size"], config["max_position_embeddings"]) == (512, 1024)
     ours, theirs = load.load_tokenizer(described), load.load_tokenizer(teacher)
     assert ours.get_vocab() == theirs.get_vocab()

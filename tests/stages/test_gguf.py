@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -20,11 +20,13 @@ from tests.stages.gguf_files import to_gguf, to_matrix
 from tests.tiny import give_byte_level_tokenizer, make_tiny_checkpoint
 from toolchain import errors
 from toolchain.data.rows import Row, write_rows
+from toolchain.evaluate.divergence import kl
 from toolchain.gguf import convert, imatrix, quantize, score
+from toolchain.gguf.checkpoint import PROBES
 from toolchain.gguf.ggml import read_importance
 from toolchain.gguf.header import read_facts, read_metadata
 from toolchain.gguf.llama_cpp import LlamaCpp
-from toolchain.recipe import Card, Imatrix, Quantize
+from toolchain.recipe import Card, FileType, Imatrix, Quantize
 from toolchain.reporter import Silent
 
 pytestmark = [pytest.mark.stages, pytest.mark.llama_cpp]
@@ -136,7 +138,7 @@ def test_the_gguf_is_the_same_each_time_and_names_no_folder(
     metrics = to_gguf(moved, tmp_path, llama, name=NAME)
     again = tmp_path / convert.OUTPUT
     assert again.read_bytes() == converted.read_bytes()
-    assert metrics["tokenizer_probes"] > 2 * len(convert.PROBES)
+    assert metrics["tokenizer_probes"] > 2 * len(PROBES)
     metadata = read_metadata(again)
     assert metadata["general.name"] == NAME
     assert not [key for key, value in metadata.items() if str(tmp_path) in str(value) or "mistral" in str(value)]
@@ -184,19 +186,12 @@ def test_the_gguf_says_of_itself_what_the_recipe_says_and_nothing_else(
 def test_logits_that_come_out_different_stop_the_run_and_the_furthest_place_is_shown(
     checkpoint: Path, llama: LlamaCpp, tmp_path: Path
 ) -> None:
-    """llama.cpp and Transformers part over a scaling of positions that only one of them is told of."""
+    """llama.cpp takes every Llama's activation for SiLU, whatever config.json says."""
     other = shutil.copytree(checkpoint, tmp_path / "model")
-    (tmp_path / "one").mkdir()
-    (tmp_path / "other").mkdir()
-    to_gguf(checkpoint, tmp_path / "one", llama)
     raw = json.loads((other / "config.json").read_text())
-    raw["rope_parameters"] = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
-    (other / "config.json").write_text(json.dumps(raw))
-    texts = ["How do I copy a file to another machine? Use scp."]
+    (other / "config.json").write_text(json.dumps(raw | {"hidden_act": "relu"}))
     with pytest.raises(errors.GateError, match=r"(?s)mean KL .*furthest after '.*': KL .*likeliest '") as caught:
-        convert.check_logits(
-            tmp_path / "one" / convert.OUTPUT, texts, model=other, max_kl=1e-3, llama=llama, report=Silent()
-        )
+        to_gguf(other, tmp_path, llama)
     assert "convert.max_kl is 1.00e-03" in caught.value.message.replace("\n", " ")
 
 
@@ -309,6 +304,25 @@ def test_a_wide_model_is_quantized_as_the_label_says_and_still_predicts_much_the
     expected = reference(checkpoint, rows)
     loss = mean_kl(expected, list(score.answer_logprobs(tmp_path / quantize.OUTPUT, rows, llama=llama)))
     assert 1e-4 < loss < 0.3
+
+
+def test_every_file_type_is_what_its_label_says_and_larger_ones_lose_less(
+    converted: Path, matrix: Path, rows: list[Row], llama: LlamaCpp, tmp_path: Path
+) -> None:
+    expected = list(score.answer_logprobs(converted, rows, llama=llama))
+    sizes, losses = [], []
+    for file_type in get_args(FileType):
+        out = tmp_path / file_type
+        out.mkdir()
+        inputs = quantize.Inputs(converted, matrix)
+        quantize.run(Quantize(file_type=file_type), inputs, llama=llama, out=out, report=Silent())
+        facts = read_facts(out / quantize.OUTPUT)
+        assert facts.file_type == file_type
+        found = score.answer_logprobs(out / quantize.OUTPUT, rows, llama=llama)
+        losses.append(float(np.concatenate([kl(p, q) for p, q in zip(expected, found, strict=True)]).mean()))
+        sizes.append(facts.file_bytes)
+    assert sizes == sorted(sizes)
+    assert losses[0] > losses[-2] > losses[-1] > 0
 
 
 def test_a_narrow_model_falls_back_and_every_tensor_that_did_is_named(

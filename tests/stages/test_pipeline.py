@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import time
@@ -45,22 +44,6 @@ def digests(work: Path) -> dict[str, str]:
 def manifest_of(work: Path, stage: str) -> Manifest:
     (path,) = (work / stage).glob("*/manifest.json")
     return open_artifact(path.parent).manifest
-
-
-@pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe whose stages have run up to the ledger; tests leave it as it is."""
-    recipe = make_recipe(tmp_path_factory.mktemp("tiny"))
-    ran = toolchain(recipe, "run", "--until", "evaluate")
-    assert ran.returncode == 0, ran.stderr
-    return recipe
-
-
-@pytest.fixture
-def copy(done: Path, tmp_path: Path) -> Path:
-    """The same, to spoil."""
-    shutil.copytree(done.parent, tmp_path / "copy", symlinks=True)
-    return tmp_path / "copy" / "recipe.toml"
 
 
 def test_every_stage_leaves_an_artifact_whose_manifest_says_how(done: Path) -> None:

@@ -116,7 +116,7 @@ def test_a_folder_with_no_checkpoint_is_refused(tmp_path: Path) -> None:
 
 def test_commands_say_what_is_asked_for() -> None:
     argv = convert.convert_argv(Path("c.py"), Path("model"), Path("out.gguf"), metadata=Path("m.json"))
-    assert argv[1:] == ["c.py", "model", "--outfile", "out.gguf", "--outtype", "f16", "--metadata", "m.json"]
+    assert argv == ["c.py", "model", "--outfile", "out.gguf", "--outtype", "f16", "--metadata", "m.json"]
     argv = imatrix.imatrix_argv(Path("llama-imatrix"), Path("m.gguf"), "t.txt", "o.gguf", context=64, threads=2)
     assert argv[1:7] == ["-m", "m.gguf", "-f", "t.txt", "-o", "o.gguf"]
     assert {"--parse-special", "--no-escape"} <= set(argv)

@@ -13,8 +13,9 @@ from toolchain.data.rows import Row
 from toolchain.errors import HostError, ModelError
 from toolchain.evaluate import ledger
 from toolchain.evaluate.bootstrap import paired_interval
+from toolchain.evaluate.divergence import kl
 from toolchain.evaluate.gates import Gate, GateLimits, check_gates, failed_gates
-from toolchain.evaluate.ledger import Form, LedgerRow, kl_by_position, score_forms
+from toolchain.evaluate.ledger import Form, LedgerRow, score_forms
 from toolchain.reporter import Silent
 
 ROWS = [
@@ -33,21 +34,14 @@ def form(name: str, logprobs: np.ndarray[Any, Any], previous: str | None = None)
     return Form(name, previous, parameters=10, adapter_parameters=0, bytes=20, scores=scores)
 
 
-def test_kl_is_that_of_the_definition() -> None:
-    p, q = np.exp(TEACHER.astype(np.float64)), np.exp(STUDENT.astype(np.float64))
-    expected = (p * np.log(p / q)).sum(axis=1)
-    assert kl_by_position(TEACHER, STUDENT) == pytest.approx(expected, rel=1e-6)
-    assert kl_by_position(TEACHER, TEACHER) == pytest.approx([0, 0, 0], abs=1e-9)
-
-
 def test_every_figure_of_a_ledger_row(tmp_path: Path) -> None:
     forms = [form("teacher", TEACHER), form("student", STUDENT), form("merged", STUDENT, "student")]
     teacher, student, merged = score_forms(forms, ROWS, 3, tmp_path, Silent())
     assert teacher.kl_to_teacher == pytest.approx(0, abs=1e-7)
     assert teacher.perplexity == pytest.approx((0.5 * 0.8 * 0.6) ** (-1 / 3))
-    kl = kl_by_position(TEACHER, STUDENT)
-    assert student.kl_to_teacher == pytest.approx(kl.mean())
-    assert student.kl_to_teacher_by_row == pytest.approx([kl[:2].mean(), kl[2]])
+    by_position = kl(TEACHER, STUDENT)
+    assert student.kl_to_teacher == pytest.approx(by_position.mean())
+    assert student.kl_to_teacher_by_row == pytest.approx([by_position[:2].mean(), by_position[2]])
     assert student.tokens_by_row == (2, 1)
     assert student.perplexity == pytest.approx((0.25 * 0.6 * 0.4) ** (-1 / 3))
     assert student.top1_agreement == pytest.approx(2 / 3)
@@ -65,7 +59,7 @@ def test_without_a_teacher_rows_have_cross_entropy_and_no_kl_to_it(tmp_path: Pat
     assert after.perplexity == pytest.approx(np.exp(nll.sum() / 3))
     assert after.cross_entropy_by_row == pytest.approx([nll[0] / 2, nll[1]])
     assert (after.kl_to_teacher, after.top1_agreement, after.kl_to_teacher_by_row) == (None, None, None)
-    assert merged.kl_to_previous == pytest.approx(kl_by_position(STUDENT, TEACHER).mean(), rel=1e-6)
+    assert merged.kl_to_previous == pytest.approx(kl(STUDENT, TEACHER).mean(), rel=1e-6)
     gain = ledger.gain_of(after, merged)
     assert gain.judged_by == "cross_entropy"
     assert gain.difference == pytest.approx(after.cross_entropy - merged.cross_entropy)
@@ -77,10 +71,10 @@ def test_the_gain_is_judged_by_kl_where_there_is_a_teacher(tmp_path: Path) -> No
     _, before, after = score_forms(forms, ROWS, 3, tmp_path, Silent())
     gain = ledger.gain_of(before, after)
     assert (gain.judged_by, gain.before) == ("kl_to_teacher", before.kl_to_teacher)
-    kl = before.kl_to_teacher_by_row
-    assert kl is not None
+    by_row = before.kl_to_teacher_by_row
+    assert by_row is not None
     # Two rows: a resample can consist of either alone.
-    assert (gain.low, gain.high) == pytest.approx(sorted(kl), rel=1e-5)
+    assert (gain.low, gain.high) == pytest.approx(sorted(by_row), rel=1e-5)
 
 
 def test_the_interval_is_that_of_a_mean_of_many_rows_and_weighs_them_by_their_tokens() -> None:
@@ -104,7 +98,7 @@ def test_an_answer_token_that_only_the_student_has_is_named() -> None:
 def test_a_head_with_padding_rows_is_compared_over_the_common_ids(tmp_path: Path) -> None:
     padded = np.concatenate([np.log(0.5) + STUDENT, np.log(np.full((3, 1), 0.5, np.float32))], axis=1)
     _, student = score_forms([form("teacher", TEACHER), form("student", padded)], ROWS, 3, tmp_path, Silent())
-    assert student.kl_to_teacher == pytest.approx(kl_by_position(TEACHER, STUDENT).mean(), rel=1e-5)
+    assert student.kl_to_teacher == pytest.approx(kl(TEACHER, STUDENT).mean(), rel=1e-5)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -21,7 +21,7 @@ from toolchain.evaluate.bootstrap import CONFIDENCE, paired_differences
 from toolchain.journal import Journal
 from toolchain.recipe import Compare, Data, Generate
 from toolchain.reporter import Reporter
-from toolchain.student import load, precision
+from toolchain.student import checkpoint_files, load, precision
 from toolchain.teacher import generate
 from toolchain.teacher.embedding import embed
 
@@ -147,7 +147,7 @@ def _not_measured(teacher: Path | None, embedding_model: Path | None, out_of_dom
 
 def _size(folder: Path) -> dict[str, int]:
     """Parameters, tied ones once, and bytes of the files that hold them."""
-    tensors = load.tensors_of(folder).values()
+    tensors = checkpoint_files.tensors_of(folder).values()
     return {
         "parameters": sum(math.prod(tensor.shape) for tensor in tensors),
         "weight_bytes": sum(file.stat().st_size for file in {tensor.file for tensor in tensors}),

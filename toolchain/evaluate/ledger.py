@@ -21,6 +21,7 @@ from toolchain.data.rows import Row, read_rows
 from toolchain.disk import require_free
 from toolchain.errors import ModelError
 from toolchain.evaluate.bootstrap import CONFIDENCE, RESAMPLES, paired_interval
+from toolchain.evaluate.divergence import Logprobs, kl
 from toolchain.evaluate.gates import JUDGED_BY
 from toolchain.gguf import score as gguf_score
 from toolchain.gguf.header import read_facts
@@ -30,8 +31,6 @@ from toolchain.student.vocabulary import read as read_vocabulary
 
 SCHEMA_VERSION = 2
 TEACHER = "teacher"
-Logprobs = npt.NDArray[np.float32]
-"""[answer tokens of one row, vocabulary], natural logarithm."""
 
 
 @dataclass(frozen=True)
@@ -86,18 +85,11 @@ class Sums:
 
     def add(self, reference: Logprobs, logprobs: Logprobs) -> float:
         """Add one row; its mean KL(reference ‖ logprobs) comes back."""
-        kl = kl_by_position(reference, logprobs)
-        self.kl += float(kl.sum())
+        by_position = kl(reference, logprobs)
+        self.kl += float(by_position.sum())
         self.agree += int((reference.argmax(axis=1) == logprobs.argmax(axis=1)).sum())
-        self.tokens += len(kl)
-        return float(kl.mean())
-
-
-def kl_by_position(reference: Logprobs, logprobs: Logprobs) -> npt.NDArray[np.float64]:
-    """KL(reference ‖ logprobs) at each position, in nats; both [positions, vocabulary]. Summed in float64."""
-    p, q = torch.from_numpy(reference), torch.from_numpy(logprobs)
-    kl: npt.NDArray[np.float64] = (p - q).mul_(p.exp()).sum(-1, dtype=torch.float64).numpy()
-    return kl
+        self.tokens += len(by_position)
+        return float(by_position.mean())
 
 
 class Scratch:

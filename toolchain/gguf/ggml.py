@@ -14,6 +14,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 
 from toolchain.errors import ExternalToolError, ModelError
+from toolchain.gguf.header import read_metadata
 from toolchain.gguf.llama_cpp import LlamaCpp, physical_cores
 
 Floats = npt.NDArray[np.float32]
@@ -92,10 +93,12 @@ def read_importance(path: Path) -> dict[str, Floats]:
 
     For a tensor of several experts, [experts, width] joined to one row. Raises ModelError.
     """
+    hint = "give a matrix of llama-imatrix (GGUF), or leave imatrix.file out: then it is computed"
+    read_metadata(path)  # one that is cut or lies about its sizes is named before it is believed
     try:
         tensors = {tensor.name: np.array(tensor.data, np.float32) for tensor in GGUFReader(path).tensors}
     except (OSError, ValueError, KeyError, IndexError) as error:
-        raise ModelError(f"{path}: cannot be read as an importance matrix: {error}") from error
+        raise ModelError(f"{path}: cannot be read as an importance matrix: {error}", hint=hint) from error
     found = {}
     for key, sums in tensors.items():
         name = key.removesuffix(".in_sum2")
@@ -103,10 +106,10 @@ def read_importance(path: Path) -> dict[str, Floats]:
             continue
         counts = tensors.get(f"{name}.counts")
         if counts is None:
-            raise ModelError(f"{path}: no counts for {name}: not an importance matrix of llama-imatrix")
+            raise ModelError(f"{path}: no counts for {name}: not an importance matrix of llama-imatrix", hint=hint)
         by_expert, seen = sums.reshape(counts.size, -1), counts.reshape(-1, 1)
         mean = np.where(seen > 0, by_expert / np.maximum(seen, 1), np.float32(1))
         found[name] = np.ascontiguousarray(mean.reshape(-1), np.float32)
     if not found:
-        raise ModelError(f"{path}: no importance matrix in it")
+        raise ModelError(f"{path}: no importance matrix in it", hint=hint)
     return found

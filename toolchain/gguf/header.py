@@ -20,6 +20,8 @@ from toolchain.errors import ModelError
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _ALIGNMENT = 32
+_AGAIN = "copy or make the file again"
+_OTHER = "give a whole model's GGUF, as the converter or llama-quantize writes it"
 _NUMBERS = {
     GGUFValueType.UINT8: "B",
     GGUFValueType.INT8: "b",
@@ -103,9 +105,9 @@ def read_facts(path: Path) -> GgufFacts:
     value, tensors = header.values.get, header.tensors
     architecture = value(Keys.General.ARCHITECTURE)
     if not isinstance(architecture, str):
-        raise ModelError(f"{path}: no {Keys.General.ARCHITECTURE} in it: not a language model's GGUF")
+        raise ModelError(f"{path}: no {Keys.General.ARCHITECTURE} in it: not a language model's GGUF", hint=_OTHER)
     if not tensors:
-        raise ModelError(f"{path}: no tensors in it: a vocabulary only?")
+        raise ModelError(f"{path}: no tensors in it: a vocabulary only?", hint=_OTHER)
     parameters = sum(tensor.elements for tensor in tensors)
     tensor_bytes = sum(tensor.bytes for tensor in tensors)
 
@@ -179,7 +181,7 @@ class _Cursor:
     def cut(self, what: str, end: int) -> ModelError:
         return ModelError(
             f"{self._path}: cut short: {what} ends at byte {end:,}, the file has {len(self._data):,}",
-            hint="copy or make the file again",
+            hint=_AGAIN,
         )
 
 
@@ -189,7 +191,7 @@ def _read(path: Path) -> _Header:
         with path.open("rb") as file:
             magic = file.read(4)
             if magic != _MAGIC:
-                raise ModelError(f"{path}: not a GGUF: starts with {magic!r}, expected {_MAGIC!r}")
+                raise ModelError(f"{path}: not a GGUF: starts with {magic!r}, expected {_MAGIC!r}", hint=_OTHER)
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _parse(path, data)
     except OSError as error:
@@ -201,7 +203,7 @@ def _parse(path: Path, data: mmap.mmap) -> _Header:
     cursor.skip(len(_MAGIC), "the magic number")
     version = cursor.number("I", "the version")
     if version not in _VERSIONS:
-        raise ModelError(f"{path}: GGUF version {version}; versions {_VERSIONS} are known")
+        raise ModelError(f"{path}: GGUF version {version}; versions {_VERSIONS} are known", hint=_AGAIN)
     tensor_count = cursor.number("Q", "the number of tensors")
     values: dict[str, Any] = {}
     tokens: list[bytes] = []
@@ -224,7 +226,7 @@ def _parse(path: Path, data: mmap.mmap) -> _Header:
             kind = GGMLQuantizationType(cursor.number("I", name))
             entries.append((Tensor(name, kind.name, shape, _tensor_bytes(kind, shape)), cursor.number("Q", name)))
     except ValueError as error:  # a type number that the format does not have, or a name that is not UTF-8
-        raise ModelError(f"{path}: damaged near byte {cursor.at:,}: {error}") from None
+        raise ModelError(f"{path}: damaged near byte {cursor.at:,}: {error}", hint=_AGAIN) from None
     alignment = values.get(Keys.General.ALIGNMENT, _ALIGNMENT)
     start = -(-cursor.at // alignment) * alignment
     for tensor, offset in entries:

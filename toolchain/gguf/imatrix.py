@@ -24,6 +24,7 @@ from toolchain.reporter import Reporter, bar
 
 OUTPUT = "imatrix.gguf"
 TEXT = "calibration.txt"
+_OWN = "give one that was computed on this model, or leave imatrix.file out: then it is computed"
 _PART_CHUNKS = 25
 """What a kill can cost: each part's matrix is kept as soon as it is done."""
 
@@ -98,12 +99,13 @@ def check(importance: Mapping[str, Floats], facts: GgufFacts, path: Path) -> Non
     for name, values in importance.items():
         tensor = tensors.get(name)
         if tensor is None:
-            raise ModelError(f"{path}: an importance matrix of another model: this one has no {name}")
+            raise ModelError(f"{path}: an importance matrix of another model: this one has no {name}", hint=_OWN)
         experts = tensor.shape[2] if len(tensor.shape) > 2 else 1
         if values.size != tensor.shape[0] * experts:
             raise ModelError(
                 f"{path}: an importance matrix of another model: {values.size} columns for {name}, which has "
-                f"{tensor.shape[0] * experts}"
+                f"{tensor.shape[0] * experts}",
+                hint=_OWN,
             )
         if not np.isfinite(values).all():
             raise ModelError(f"{path}: {name} has a value that is not finite", hint="compute the matrix again")

@@ -23,6 +23,7 @@ from gguf import GGUFReader
 
 from toolchain.data.rows import Row
 from toolchain.errors import HostError, ModelError
+from toolchain.evaluate.divergence import Reference
 from toolchain.gguf import score
 from toolchain.gguf.llama_cpp import LlamaCpp, physical_cores
 
@@ -158,7 +159,7 @@ class Divergence:
                 raise ModelError(f"{self._gguf}: llama.cpp cannot open a context of {most} tokens")
             self._open.append((context, lib.llama_batch_init(most, 0, 1)))
             self._idle.put(self._open[-1])
-        self._reference = self._each(range(self.batches), lambda _, logits: _probabilities(logits))
+        self._reference = self._each(range(self.batches), lambda _, logits: Reference(logits))
 
     @property
     def batches(self) -> int:
@@ -170,9 +171,7 @@ class Divergence:
 
     def measure(self, part: slice = slice(None)) -> npt.NDArray[np.float64]:
         """KL at each answer position of these batches, row after row."""
-        return np.concatenate(
-            self._each(range(self.batches)[part], lambda at, logits: _kl(*self._reference[at], logits))
-        )
+        return np.concatenate(self._each(range(self.batches)[part], lambda at, logits: self._reference[at].kl(logits)))
 
     def close(self) -> None:
         self._pool.shutdown()
@@ -224,27 +223,3 @@ def _pack(rows: Sequence[Row]) -> list[list[Row]]:
         batches[-1].append(row)
         room -= len(row.token_ids)
     return batches
-
-
-def _probabilities(logits: Floats) -> tuple[Floats, npt.NDArray[np.float64]]:
-    """softmax, and Σ p log p of each position."""
-    shifted = logits - logits.max(-1, keepdims=True)
-    sums = np.exp(shifted).sum(-1, keepdims=True, dtype=np.float64)
-    p = (np.exp(shifted) / sums).astype(np.float32)
-    return p, _mean_of(p, shifted) - np.log(sums[:, 0]) * p.sum(-1, dtype=np.float64)
-
-
-def _kl(p: Floats, entropy: npt.NDArray[np.float64], logits: Floats) -> npt.NDArray[np.float64]:
-    """Σ p log p − Σ p log q, where log q = logits − logsumexp. `logits` are used up."""
-    logits -= logits.max(-1, keepdims=True)
-    cross = _mean_of(p, logits)
-    sums = np.exp(logits, out=logits).sum(-1, dtype=np.float64)
-    found: npt.NDArray[np.float64] = entropy - cross + np.log(sums) * p.sum(-1, dtype=np.float64)
-    return found
-
-
-def _mean_of(p: Floats, values: Floats) -> npt.NDArray[np.float64]:
-    """Σ p · values of each position. In float32, tens of thousands of terms would leave an error of 4e-5 nats, which is
-    more than many a tensor's loss."""
-    found: npt.NDArray[np.float64] = (p * values).sum(-1, dtype=np.float64)
-    return found

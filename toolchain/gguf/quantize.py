@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from gguf import GGMLQuantizationType
 
 from toolchain import process
 from toolchain.data.rows import Row, read_rows
@@ -26,6 +27,7 @@ from toolchain.disk import require_free
 from toolchain.errors import ExternalToolError, RecipeError
 from toolchain.evaluate.answer_scores import token_f1
 from toolchain.evaluate.bootstrap import paired_interval
+from toolchain.evaluate.divergence import Logprobs, kl
 from toolchain.gguf import imatrix, score, search, speed
 from toolchain.gguf.ggml import read_importance
 from toolchain.gguf.header import GgufFacts, read_facts
@@ -43,7 +45,6 @@ ANSWERED = 32
 _ROUNDS, _NEW_TOKENS = 5, 64
 """Of llama-bench."""
 FULL, NO_MATRIX, STOCK, ERROR_AWARE = "16-bit", "stock, no matrix", "stock", "error-aware"
-Logprobs = npt.NDArray[np.float32]
 
 _FALLBACK = re.compile(
     r"warning: (\S+) +- ncols +(\d+) not divisible by +\d+ \(required for type +(\S+)\).*-> falling back to +(\S+)"
@@ -94,6 +95,7 @@ def run(settings: Quantize, inputs: Inputs, *, llama: LlamaCpp, out: Path, repor
         allocation |= _error_aware(settings, inputs, quantizer, llama, out, report)
     elif inputs.plan is not None:
         allocation["kind"] = "plan"
+        check_plan(inputs.plan)
         shutil.copyfile(inputs.plan, out / PLAN)
         quantizer.write(target, plan=out / PLAN)
     else:
@@ -173,6 +175,22 @@ class _LlamaQuantize:
             # The folder's name must not be in the file: llama-quantize records the matrix as it is called.
             process.run(argv, log=self._log, cwd=matrix_file.parent, on_line=on_line, hint=f"full output: {self._log}")
         return lines
+
+
+def check_plan(path: Path) -> None:
+    """Raises RecipeError at the first entry that is not `regular expression=type`: llama-quantize answers one with its
+    usage and names no line."""
+    hint = "an entry is a regular expression of tensor names, = and a type, such as ^output\\.weight$=q6_k"
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        for entry in line.split():
+            pattern, _, kind = entry.partition("=")
+            if kind.upper() not in GGMLQuantizationType.__members__:
+                raise RecipeError(f"{path}: line {number}: {entry!r}: no type {kind!r}", hint=hint)
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                message = f"{path}: line {number}: {pattern!r} is no regular expression: {error}"
+                raise RecipeError(message, hint=hint) from error
 
 
 def quantize_argv(
@@ -337,7 +355,7 @@ class _Sums:
 
     def add(self, row: Row, p: Logprobs, reference: Logprobs, found: Logprobs) -> None:
         """`p` is exp(reference), taken once for all files."""
-        self.kl.append((p * (reference - found)).sum(-1, dtype=np.float64))
+        self.kl.append(kl(reference, found, p=p))
         self._same += int((reference.argmax(-1) == found.argmax(-1)).sum())
         self._nll -= float(found[np.arange(len(found)), list(row.answer_ids)].sum(dtype=np.float64))
 

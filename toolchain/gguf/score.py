@@ -6,10 +6,13 @@ The ctypes bindings come from the pinned build itself, so the structures they de
 import ctypes
 import os
 import sys
+from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
+from queue import SimpleQueue
 from types import ModuleType
 from typing import Any
 
@@ -40,32 +43,64 @@ def answer_logprobs(
     Runs on the processor with llama.cpp's default key-value cache (16-bit), one row at a time, the cache cleared
     before each. `threads` None: physical cores. Raises ModelError.
     """
-    if not rows:
-        return
+    if rows:
+        with open_model(gguf, llama=llama) as model:
+            yield from logprobs_of(model, rows, gguf=gguf, llama=llama, threads=threads)
+
+
+def logprobs_of(
+    model: Any,
+    rows: Sequence[Row],
+    *,
+    gguf: Path,
+    llama: LlamaCpp,
+    threads: int | None = None,
+    side_by_side: int = 1,
+) -> Iterator[npt.NDArray[np.float32]]:
+    """The same from a model of `open_model`; at least one row.
+
+    So many rows `side_by_side`, each on its share of the threads: threads of one llama_decode wait for each other
+    without letting go of their core, which costs much where rows are short or the cores are shared.
+    """
     for row in rows:
         if not row.prompt_ids:
             raise ModelError(f"row {row.id}: an empty prompt, so nothing predicts its first answer token")
     lib = bindings(llama)
-    with open_model(gguf, llama=llama) as model:
-        vocabulary = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
-        highest = max(max(row.token_ids) for row in rows)
-        if highest >= vocabulary:
-            raise ModelError(f"{gguf}: {vocabulary} tokens, a row has token {highest}: another tokenizer's")
-        params = lib.llama_context_default_params()
-        params.n_ctx = max(len(row.token_ids) for row in rows)
-        params.n_batch = params.n_ubatch = min(_BATCH, params.n_ctx)
-        params.n_threads = params.n_threads_batch = threads or physical_cores()
-        params.no_perf = True
-        context = lib.llama_init_from_model(model, params)
-        if not context:
-            raise ModelError(f"{gguf}: llama.cpp cannot open a context of {params.n_ctx} tokens")
-        batch = lib.llama_batch_init(_BATCH, 0, 1)
+    vocabulary = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
+    highest = max(max(row.token_ids) for row in rows)
+    if highest >= vocabulary:
+        raise ModelError(f"{gguf}: {vocabulary} tokens, a row has token {highest}: another tokenizer's")
+    params = lib.llama_context_default_params()
+    params.n_ctx = max(len(row.token_ids) for row in rows)
+    params.n_batch = params.n_ubatch = min(_BATCH, params.n_ctx)
+    params.n_threads = params.n_threads_batch = max(1, (threads or physical_cores()) // side_by_side)
+    params.no_perf = True
+    idle: SimpleQueue[tuple[Any, Any]] = SimpleQueue()
+
+    def scored(row: Row) -> npt.NDArray[np.float32]:
+        context, batch = idle.get()
         try:
-            for row in rows:
-                yield _score(row, lib=lib, context=context, batch=batch, vocabulary=vocabulary, gguf=gguf)
+            return _score(row, lib=lib, context=context, batch=batch, vocabulary=vocabulary, gguf=gguf)
         finally:
-            lib.llama_batch_free(batch)
-            lib.llama_free(context)
+            idle.put((context, batch))
+
+    with ExitStack() as opened:
+        for _ in range(side_by_side):
+            context = lib.llama_init_from_model(model, params)
+            if not context:
+                raise ModelError(f"{gguf}: llama.cpp cannot open a context of {params.n_ctx} tokens")
+            opened.callback(lib.llama_free, context)
+            batch = lib.llama_batch_init(_BATCH, 0, 1)
+            opened.callback(lib.llama_batch_free, batch)
+            idle.put((context, batch))
+        pool = opened.enter_context(ThreadPoolExecutor(side_by_side))
+        waiting: deque[Future[npt.NDArray[np.float32]]] = deque()
+        for row in rows:
+            waiting.append(pool.submit(scored, row))
+            if len(waiting) == side_by_side:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _score(
@@ -123,13 +158,13 @@ class Vocabulary:
             raise ModelError(f"llama.cpp cannot tokenize {text[:80]!r} ({count})")
         return list(ids[:count])
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of an answer, without its special tokens."""
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """The text of an answer, without its special tokens, or with them spelled out."""
         tokens = (ctypes.c_int32 * len(ids))(*ids)
         room = 16
         while True:
             text = ctypes.create_string_buffer(room)
-            count = self._lib.llama_detokenize(self._vocab, tokens, len(ids), text, room, True, False)
+            count = self._lib.llama_detokenize(self._vocab, tokens, len(ids), text, room, not special, special)
             if count >= 0:
                 return text.raw[:count].decode("utf-8", "replace")
             room = -count
@@ -173,7 +208,13 @@ def open_model(
     _errors.clear()
     model = lib.llama_model_load_from_file(str(gguf).encode(), params)
     if not model:
-        raise ModelError(f"{gguf}: llama.cpp cannot load it: {'; '.join(_errors[:2]) or 'no reason given'}")
+        cause = "; ".join(_errors[:2]) or "no reason given"
+        hint = "the file is damaged, or the pinned llama.cpp does not know such a model"
+        if check:
+            hint = (
+                "a weight that is not finite, or too large for 16 bits, comes from the checkpoint: look at its training"
+            )
+        raise ModelError(f"{gguf}: llama.cpp cannot load it: {cause}", hint=hint)
     try:
         yield model
     finally:

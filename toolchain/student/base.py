@@ -14,7 +14,7 @@ from toolchain.disk import require_free
 from toolchain.errors import ModelError, RecipeError
 from toolchain.recipe import Student
 from toolchain.reporter import Reporter, bar
-from toolchain.student import load
+from toolchain.student import checkpoint_files, load
 
 _LAYER = re.compile(r"^(.*\blayers\.)(\d+)(\..+)$")
 _COPIED = (
@@ -32,7 +32,7 @@ def prepare(settings: Student, *, model: Path, out: Path, report: Reporter) -> d
     if settings.keep_layers is None:
         load.write_reference(out, model)
         return figures
-    config = load.read_config(model)
+    config = checkpoint_files.read_config(model)
     layers = config.get("num_hidden_layers")
     if not isinstance(layers, int):
         raise ModelError(f"{model}/config.json: no num_hidden_layers", hint="leave student.keep_layers out")
@@ -62,7 +62,7 @@ def copy_tokenizer(source: Path, checkpoint: Path) -> None:
 def _copy_weights(model: Path, keep: tuple[int, ...], checkpoint: Path, report: Reporter) -> None:
     """One output shard per input shard that keeps a tensor, so that memory holds one shard at most."""
     new_number = {old: new for new, old in enumerate(keep)}
-    tensors = load.tensors_of(model)
+    tensors = checkpoint_files.tensors_of(model)
     shards: dict[Path, dict[str, str]] = {}
     numbers = set()
     for name, info in tensors.items():

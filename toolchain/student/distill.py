@@ -27,7 +27,7 @@ from toolchain.data.rows import Row, read_rows
 from toolchain.errors import ArtifactError, DataError, HostError, ModelError, RecipeError
 from toolchain.recipe import Distill
 from toolchain.reporter import Reporter, Task, bar
-from toolchain.student import load, parallel, precision, vocabulary
+from toolchain.student import checkpoint_files, load, parallel, precision, vocabulary
 from toolchain.student.engine import Engine, checkpoints_activations, load_for_training, optimizer_name
 from toolchain.student.losses import Loss, Objective, Teacher, distillation_loss, pick_chunk
 from toolchain.teacher.generate import render
@@ -149,7 +149,7 @@ def _open_cache(
         tokenizer=vocabulary.tokenizer_digest(tokenizer, ids=cache.source.vocabulary),
         template=vocabulary.template_digest(tokenizer) or "",
     )
-    width = int(load.read_config(base)["vocab_size"])
+    width = int(checkpoint_files.read_config(base)["vocab_size"])
     if cache.source.vocabulary > width:
         raise ArtifactError(f"{logits}: probabilities over {cache.source.vocabulary} ids, {base} has {width}")
     cache.check(rows, settings.temperature)  # now, and not when a damaged shard's turn comes

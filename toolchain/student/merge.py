@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 from toolchain.data.rows import Row, read_rows
 from toolchain.disk import require_free
 from toolchain.errors import GateError, ModelError
+from toolchain.evaluate.divergence import kl
 from toolchain.recipe import Merge
 from toolchain.reporter import Reporter, bar
-from toolchain.student import load, precision
+from toolchain.student import checkpoint_files, load, precision
 from toolchain.student.base import copy_tokenizer
 
 _MARK = "merged.json"
@@ -145,16 +146,16 @@ def _compare_bases(base: Path, adapter: Path, rows: list[Row], report: Reporter)
     device = _device_for(base)
     models = {name: load_adapted(base, adapter, four_bits=name == "4-bit").to(device) for name in ("4-bit", "16-bit")}
     scores = (load.answer_logprobs(model, rows, batch_tokens=_BATCH_TOKENS) for model in models.values())
-    sums, kl, tokens = dict.fromkeys(models, 0.0), 0.0, 0
+    sums, total_kl, tokens = dict.fromkeys(models, 0.0), 0.0, 0
     with bar(report, "compare bases", total=len(rows), unit="row") as task:
         for row, *pair in zip(rows, *scores, strict=True):
             for name, logprobs in zip(models, pair, strict=True):
                 sums[name] -= float(logprobs[np.arange(len(logprobs)), list(row.answer_ids)].sum(dtype=np.float64))
-            kl += float((np.exp(pair[0]) * (pair[0] - pair[1])).sum(dtype=np.float64))
+            total_kl += float(kl(*pair).sum())
             tokens += len(row.answer_ids)
             task.advance()
     bases: dict[str, dict[str, Any]] = {name: {"cross_entropy": total / tokens} for name, total in sums.items()}
-    bases["16-bit"]["kl_from_4bit"] = kl / tokens
+    bases["16-bit"]["kl_from_4bit"] = total_kl / tokens
     return bases
 
 
@@ -172,7 +173,7 @@ def _compare(
             load.answer_logprobs(merged, rows, batch_tokens=_BATCH_TOKENS),
             strict=True,
         ):
-            total += float((np.exp(p) * (p - q)).sum(dtype=np.float64))
+            total += float(kl(p, q).sum())
             same += int((p.argmax(-1) == q.argmax(-1)).sum())
             tokens += len(p)
             task.advance()
@@ -183,7 +184,7 @@ def _device_for(base: Path) -> torch.device:
     """Where two models of this size are scored in float32: a GPU if they leave half its free memory, else the CPU."""
     device = precision.pick_device()
     if device.type == "cuda":
-        parameters = sum(math.prod(info.shape) for info in load.tensors_of(base).values())
+        parameters = sum(math.prod(info.shape) for info in checkpoint_files.tensors_of(base).values())
         free, _ = torch.cuda.mem_get_info()
         return device if 2 * 4 * parameters < free / 2 else torch.device("cpu")
     return device

@@ -24,7 +24,7 @@ from toolchain.data.rows import Row, read_rows
 from toolchain.errors import ArtifactError, DataError, HostError, ModelError
 from toolchain.recipe import Distill, OnPolicy
 from toolchain.reporter import Reporter, Task, bar
-from toolchain.student import distill, load, precision, vocabulary
+from toolchain.student import checkpoint_files, distill, load, precision, vocabulary
 from toolchain.student.engine import checkpoints_activations, optimizer_name
 
 IGNORE = -100
@@ -144,7 +144,7 @@ def _check(rows: Sequence[Row], path: Path, *, ids: int, max_length: int) -> Non
 
 
 def _with_adapter(student: Any, adapter: Path, *, checkpointing: bool) -> Any:
-    load.read_header(adapter / "adapter_model.safetensors")  # a damaged one is named
+    checkpoint_files.read_header(adapter / "adapter_model.safetensors")  # a damaged one is named
     try:
         model = PeftModel.from_pretrained(student, adapter, is_trainable=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:

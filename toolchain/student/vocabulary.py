@@ -16,7 +16,7 @@ import numpy as np
 from jinja2 import TemplateError
 
 from toolchain.errors import ArtifactError, ModelError
-from toolchain.student import load
+from toolchain.student import checkpoint_files, load
 
 Verdict = Literal["same", "padded", "different", "unknown"]
 Method = Literal["logits", "answers", "uld"]
@@ -209,7 +209,7 @@ class _Tokens:
 def _rows(folder: Path, *, tokens: int) -> int:
     if not (folder / "config.json").exists():
         return tokens  # unpacked from a GGUF, whose tokenizer names every row
-    config = load.read_config(folder)
+    config = checkpoint_files.read_config(folder)
     rows = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
     if not isinstance(rows, int):
         raise ModelError(f"{folder}/config.json: no vocab_size")

@@ -17,7 +17,7 @@ from toolchain.data.rows import Message
 from toolchain.errors import DataError, ModelError
 from toolchain.recipe import Data, Endpoint, Generate
 from toolchain.reporter import Reporter
-from toolchain.student import load
+from toolchain.student import checkpoint_files, load
 from toolchain.teacher.journal import Journal, Prompt
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ def _prompts(
     if teacher is not None:
         tokenizer = load.load_tokenizer(teacher)
         encode = encode or _encoder(tokenizer)
-        positions = load.read_config(teacher).get("max_position_embeddings")
+        positions = checkpoint_files.read_config(teacher).get("max_position_embeddings")
     prompts: list[Prompt] = []
     for question in questions:
         example = question.example
