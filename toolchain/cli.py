@@ -40,6 +40,7 @@ VERBS = {
     "bundle": "Package model and runtime for a target.",
     "smoke": "Try the bundle as the device will run it.",
     "bench": "Measure the bundle as it is served: tokens/s, cold start, memory.",
+    "forms": "The bundle as one file each: an archive, an image.",
 }
 
 
@@ -190,7 +191,7 @@ def _stage_verb(name: str, summary: str) -> Callable[..., None]:
 
     verb.__doc__ = f"{summary} Needs the stages before it. Prints the folder that holds the result."
     options = [recipe_argument, work_option, set_option, verify_option, quiet_option]
-    if name in ("bundle", "smoke", "bench"):
+    if name in ("bundle", "smoke", "bench", "forms"):
         options.append(target_option)
     if name in ("capture", "distill"):
         options.append(launcher_option)
