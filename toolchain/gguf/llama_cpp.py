@@ -123,8 +123,14 @@ def physical_cores() -> int:
 
 def flags_of(cmake: Mapping[str, str | bool]) -> tuple[str, ...]:
     """The CMake options of a build, shared ones first; a target's own value wins."""
-    merged = {**SHARED_FLAGS, **cmake}
+    merged = {**SHARED_FLAGS, **_commit_flags(), **cmake}
     return tuple(f"-D{name}={_cmake_value(value)}" for name, value in merged.items())
+
+
+def _commit_flags() -> dict[str, str | bool]:
+    """Told, not asked of git: what that says depends on its being there, on who owns the files, and on their times."""
+    commit = str(versions()["llama_cpp"]["commit"])[:7]
+    return {"LLAMA_BUILD_COMMIT": commit, "GGML_BUILD_COMMIT": commit, "GIT_EXE": False}
 
 
 def archive_path() -> Path:
@@ -196,11 +202,10 @@ def compiled(
     tools = {name: _tool(name) for name in ("cmake", "ninja")}
     sdist = _unpack(fetch(report=report), folder / "sdist")
     objects, hint = folder / "build", f"full output: {log}"
-    # Not the caller's own: they would change the build without changing its key. No path of this machine in it, and no
-    # commit of a repository that the cache happens to lie in.
+    # Not the caller's own: they would change the build without changing its key. No path of this machine in it.
     no_paths = f"-ffile-prefix-map={sdist}=."
     env = {"CFLAGS": no_paths, "CXXFLAGS": no_paths, "CUDAFLAGS": f"-Xcompiler={no_paths}", "LDFLAGS": ""}
-    env |= {"CMAKE_TOOLCHAIN_FILE": "", "GIT_DIR": os.devnull}
+    env["CMAKE_TOOLCHAIN_FILE"] = ""
     if _asks(cmake, cuda_toolkit.PLACEHOLDER):
         toolkit = cuda_toolkit.make(cache_folder(), report=report)
         cmake = _filled(cmake, cuda_toolkit.PLACEHOLDER, toolkit)
