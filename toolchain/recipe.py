@@ -398,7 +398,7 @@ class Bundle(Settings):
     context: int = Field(2048, ge=128)
     """Context the server opens, in tokens."""
     forms: tuple[Literal["archive", "image"], ...] = ()
-    """What is made of the bundle's folder, one file each; an image needs a base."""
+    """What is made of the bundle beside its folder, one file each: "archive", "image", which needs a base."""
     base: Base | None = None
 
     @model_validator(mode="after")

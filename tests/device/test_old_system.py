@@ -33,7 +33,7 @@ def test_nothing_in_it_asks_for_a_newer_glibc(programs: Path) -> None:
 def test_it_answers_on_glibc_2_31_as_on_this_host(programs: Path) -> None:
     older = sysroot.make(llama_cpp.cache_folder(), report=Silent()) / "usr" / "lib"
     options = ["--model", "model.gguf", "--ctx-size", "512", "--threads", "1", "--offline"]
-    by_older = [str(older / "ld-2.31.so"), "--library-path", f"{older}:{programs}", str(programs / "llama-server")]
+    by_older = [str(older / "ld-2.31.so"), "--library-path", f"{programs}:{older}", str(programs / "llama-server")]
     with served([str(programs / "llama-server"), *options], programs) as url:
         here = answer(url)
     with served([*by_older, *options], programs) as url:
@@ -46,7 +46,7 @@ def test_it_answers_on_glibc_2_31_as_on_this_host(programs: Path) -> None:
         )
     assert there == here
     assert there["content"] == tiny_chat.ANSWER
-    # This host's libraries had no part in it.
+    # The bundle's own C++ library, the older system's for the rest, none of this host.
     loaded = set(re.findall(r"/\S+\.so\S*", maps))
     assert {Path(path).parent for path in loaded} == {older, programs}
     assert {"ld-2.31.so", "libc-2.31.so", "libstdc++.so.6"} <= {Path(path).name for path in loaded}
