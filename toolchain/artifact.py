@@ -22,6 +22,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from toolchain.device.files import sha256
+from toolchain.device.place import sync
 from toolchain.errors import ArtifactError, HostError
 
 MANIFEST = "manifest.json"
@@ -94,8 +96,7 @@ def fingerprint(stage: str, version: int, settings: Mapping[str, Any], inputs: M
 
 def digest_file(path: Path) -> str:
     """SHA-256 of a file, in hex."""
-    with path.open("rb") as source:
-        return hashlib.file_digest(source, "sha256").hexdigest()
+    return sha256(path)
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
@@ -157,14 +158,6 @@ def write_atomic(path: Path, text: str) -> None:
         draft.rename(path)
     finally:
         draft.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def partial_of(final: Path) -> Path:
@@ -236,13 +229,13 @@ def commit(
             seconds=round(time.time() - started_s, 3),
         )
         for path in files.values():
-            _sync(path)
+            sync(path)
         write_atomic(partial / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
         for name in (RESUME, LOGS):
             shutil.rmtree(partial / name, ignore_errors=True)
-        _sync(partial)
+        sync(partial)
         partial.rename(final)
-        _sync(final.parent)
+        sync(final.parent)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             hint = f"free some space, then run again: what is done is kept in {partial}"

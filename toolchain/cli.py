@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from toolchain import __version__
-from toolchain.errors import RecipeError, ToolchainError
+from toolchain.errors import ArtifactError, RecipeError, ToolchainError
 
 if TYPE_CHECKING:
     from toolchain.gguf.llama_cpp import LlamaCpp
@@ -40,6 +40,7 @@ VERBS = {
     "bundle": "Package model and runtime for a target.",
     "smoke": "Try the bundle as the device will run it.",
     "bench": "Measure the bundle as it is served: tokens/s, cold start, memory.",
+    "forms": "The bundle as one file each: an archive, an image.",
 }
 
 
@@ -190,7 +191,7 @@ def _stage_verb(name: str, summary: str) -> Callable[..., None]:
 
     verb.__doc__ = f"{summary} Needs the stages before it. Prints the folder that holds the result."
     options = [recipe_argument, work_option, set_option, verify_option, quiet_option]
-    if name in ("bundle", "smoke", "bench"):
+    if name in ("bundle", "smoke", "bench", "forms"):
         options.append(target_option)
     if name in ("capture", "distill"):
         options.append(launcher_option)
@@ -461,13 +462,14 @@ one_target_option = click.option(
 
 @runtime_group.command("build")
 @one_target_option
+@click.option("--twice", is_flag=True, help="Build it again elsewhere, and hold every byte against what is there.")
 @quiet_option
-def runtime_build(target: str, quiet: bool) -> None:
+def runtime_build(target: str, twice: bool, quiet: bool) -> None:
     """Build the pinned llama.cpp for a target into the cache, once, and check it. Prints the folder.
 
     Checked: processor and instructions, glibc, alignment to pages, libraries that the device would lack.
     """
-    from toolchain.gguf import llama_cpp
+    from toolchain.gguf import llama_cpp, rebuild
     from toolchain.target import read_target
     from toolchain.terminal import Terminal
 
@@ -476,6 +478,11 @@ def runtime_build(target: str, quiet: bool) -> None:
     with Terminal(quiet=quiet) as terminal:
         built = llama_cpp.build(profile.runtime.cmake, report=terminal)
         terminal.line(_checked(built, profile))
+        if twice:
+            found = rebuild.differing(built, target, report=terminal)
+            if found:
+                raise ArtifactError(f"{len(found)} files differ when it is built again: {', '.join(found)}")
+            terminal.line("built again elsewhere: the same bytes in every file")
     click.echo(built.root)
 
 

@@ -17,6 +17,7 @@ from toolchain.artifact import CHECKPOINT, open_artifact
 from toolchain.errors import ArtifactError, HostError, RecipeError
 from toolchain.evaluate.gates import GateLimits, check_gates
 from toolchain.recipe import (
+    Base,
     Bench,
     Capture,
     Card,
@@ -196,6 +197,11 @@ class BenchSettings(Settings):
     bench: Bench
     target: str
     host: dict[str, str]
+
+
+class FormsSettings(Settings):
+    forms: tuple[str, ...]
+    arch: str
 
 
 def without_paths(value: Any) -> Any:
@@ -486,6 +492,13 @@ def _bench(settings: BenchSettings, inputs: Inputs, out: Path, report: Reporter)
     from toolchain.bundle import onhost
 
     return onhost.bench(settings.bench, bundle_of(inputs["bundle"]), out=out, report=report)
+
+
+def _forms(settings: FormsSettings, inputs: Inputs, out: Path, report: Reporter) -> Metrics:
+    from toolchain.bundle import forms
+
+    base = inputs.get(f"base_{settings.arch}")
+    return forms.run(settings.forms, bundle=bundle_of(inputs["bundle"]), base=base, out=out, report=report)
 
 
 GOLDEN_PROMPTS = 8
@@ -838,6 +851,20 @@ STAGES: tuple[Stage, ...] = (
         per_target=True,
         on_device=True,
         version=2,
+    ),
+    # Last: where the bundle can be tried, only what passed is packed.
+    Stage(
+        "forms",
+        _forms,
+        FormsSettings,
+        settings=lambda recipe, target: FormsSettings(forms=recipe.bundle.forms, arch=_target(target).arch),
+        inputs=lambda recipe: _given(
+            bundle=Made("bundle", ""),
+            base_x86_64=(recipe.bundle.base or Base()).x86_64,
+            base_aarch64=(recipe.bundle.base or Base()).aarch64,
+        ),
+        per_target=True,
+        wanted=lambda recipe: recipe.bundle.forms != (),
     ),
 )
 STAGE_NAMES = tuple(stage.name for stage in STAGES)

@@ -384,12 +384,35 @@ class Evaluate(Settings):
     batch_tokens: int = Field(2048, ge=16)
 
 
+class Base(Settings):
+    """What images stand on, by processor: an OCI layout, what `docker save` wrote, or what `toolchain base` makes."""
+
+    x86_64: ExistingPath | None = None
+    aarch64: ExistingPath | None = None
+
+
 class Bundle(Settings):
     """What is shipped, and where to."""
 
     targets: tuple[Name, ...] = ("x86-cpu",)
     context: int = Field(2048, ge=128)
     """Context the server opens, in tokens."""
+    forms: tuple[Literal["archive", "image"], ...] = ()
+    """What is made of the bundle beside its folder, one file each: "archive", "image", which needs a base."""
+    base: Base | None = None
+
+    @model_validator(mode="after")
+    def _each_form_once_and_images_on_a_base(self) -> Self:
+        if len(set(self.forms)) < len(self.forms):
+            raise ValueError("forms: each one once")
+        if "image" in self.forms and self.base is None:
+            raise ValueError(
+                "forms has 'image', and base is missing: `toolchain base --arch x86_64 --out base.tar` makes one, "
+                "then base.x86_64 = 'base.tar'"
+            )
+        if "image" not in self.forms and self.base is not None:
+            raise ValueError("base is for images: add 'image' to forms, or leave it out")
+        return self
 
 
 class Bench(Settings):

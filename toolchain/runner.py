@@ -110,6 +110,7 @@ class Pipeline:
             hint = "the recipe leaves it out: `toolchain plan` shows the stages that it has"
             raise RecipeError(f"{self.recipe.name}: nothing to do for stage {asked}", hint=hint)
         with lock(self.work, what=command):
+            self.check_bases(only=only, until=until)
             self.check_llama_cpp(only=only, until=until)
             self._done.clear()
             for step in self.steps:
@@ -152,6 +153,24 @@ class Pipeline:
                 llama_cpp.find(_cmake_of(step))
             if step.stage.name == until:
                 return
+
+    def check_bases(self, *, only: str | None, until: str | None) -> None:
+        """A base that is missing or will not do is found before hours of training. Raises RecipeError, HostError."""
+        from toolchain.bundle import forms
+
+        bundle = self._with_paths.bundle
+        if bundle.base is None or only not in (None, "forms") or until not in (None, "forms"):
+            return
+        for target in (step.target for step in self.steps if step.stage.name == "forms"):
+            assert target is not None
+            base: Path | None = getattr(bundle.base, target.arch)
+            if base is None:
+                key = f"bundle.base.{target.arch}"
+                raise RecipeError(
+                    f"{key} is missing, and the image for {target.name} stands on it",
+                    hint=f"toolchain base --arch {target.arch} --out base.tar, then {key} = 'base.tar'",
+                )
+            forms.check_base(base, target.arch)
 
     def _refuse_failed_gates(self, step: Step) -> None:
         if step.stage.name != "bundle":

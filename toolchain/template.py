@@ -41,6 +41,8 @@ _OPTIONAL = {
     "teacher.endpoint.input_price": "0.5",
     "teacher.endpoint.output_price": "1.5",
     "teacher.endpoint.max_cost": "20.0",
+    "bundle.base.x86_64": '"base-amd64.tar"',
+    "bundle.base.aarch64": '"base-arm64.tar"',
     "student.model": '"models/student"',
     "student.keep_layers": "[0, 1, 2, 3]",
     "data.system": '"Answer briefly."',

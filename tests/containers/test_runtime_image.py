@@ -3,8 +3,6 @@
 import json
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import pytest
 
 from tests.containers import context
 from tests.containers.engine import Engine
+from tests.containers.serving import CONFINED, ask, expect_confined, expect_stop, inspect, running
 from tests.device import bundles, tiny_chat
 from toolchain.bundle import image, minimal_base
 from toolchain.gguf import llama_cpp
@@ -19,20 +18,7 @@ from toolchain.reporter import Silent
 from toolchain.target import read_target
 
 pytestmark = [pytest.mark.docker, pytest.mark.llama_cpp]
-CONFINED = ("--read-only", "--network", "none", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")
-KEY = "a key of this test"
 PLATFORMS = {"x86-cpu": "linux/amd64", "rpi5": "linux/arm64"}
-# What runs in the container: its own Python asks its own server, since the network is its own.
-ASK = f"""
-import json, sys, urllib.request
-path, body = sys.argv[1], sys.argv[2].encode()
-headers = {{"Authorization": "Bearer {KEY}"}} if len(sys.argv) < 4 else {{}}
-request = urllib.request.Request("http://127.0.0.1:8080" + path, body, headers)
-try:
-    print(urllib.request.urlopen(request, timeout=120).read().decode())
-except urllib.error.HTTPError as error:
-    print(error.code)
-"""
 
 
 def bundle_in(folder: Path, target: str) -> Path:
@@ -71,39 +57,6 @@ def images(docker: Engine, debian: str, folder: Path) -> dict[str, str]:
     return tags
 
 
-@contextmanager
-def running(docker: Engine, tag: str, folder: Path, *options: str) -> Iterator[str]:
-    """The container's name, once its server is ready."""
-    key = folder / "api_key"
-    key.write_text(KEY)
-    key.chmod(0o644)
-    name = f"toolchain-test-{os.getpid()}-{time.monotonic_ns()}"
-    secret = f"{key}:/run/secrets/api_key:ro"
-    try:
-        started = docker.run("run", "--detach", "--name", name, *CONFINED, "--volume", secret, *options, tag)
-        assert started.returncode == 0, started.stderr
-        limit = time.monotonic() + 120
-        while "ready after" not in (said := docker.run("logs", name).stderr):
-            assert inspect(docker, name)["State"]["Running"], said
-            assert time.monotonic() < limit, said
-            time.sleep(0.2)
-        yield name
-    finally:
-        docker.run("rm", "--force", name)
-
-
-def inspect(docker: Engine, name: str) -> dict[str, Any]:
-    (found,) = json.loads(docker.run("inspect", name).stdout)
-    content: dict[str, Any] = found
-    return content
-
-
-def ask(docker: Engine, name: str, path: str, body: dict[str, Any], *more: str) -> Any:
-    done = docker.run("exec", name, "python3", "-I", "-S", "-c", ASK, path, json.dumps(body), *more)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
 def chat(docker: Engine, name: str, *more: str) -> Any:
     body = {"messages": tiny_chat.golden()[0]["messages"], "temperature": 0}
     return ask(docker, name, "/v1/chat/completions", body, *more)
@@ -129,21 +82,14 @@ def test_it_serves_read_only_and_not_as_root_is_healthy_and_stops_when_asked(
 ) -> None:
     with running(docker, images["x86-cpu"], folder, "--health-interval", "1s") as name:
         expect_service(docker, name)
-        status = docker.run("exec", name, "python3", "-c", "print(open('/proc/1/status').read())").stdout
-        assert "Uid:\t65532\t65532\t65532\t65532" in status
-        assert "CapEff:\t0000000000000000" in status
-        written = docker.run("exec", name, "python3", "-c", "open('/bundle/x', 'w')")
-        assert "Read-only file system" in written.stderr or "Permission denied" in written.stderr
+        expect_confined(docker, name)
         limit = time.monotonic() + 30
         while inspect(docker, name)["State"]["Health"]["Status"] != "healthy":
             assert time.monotonic() < limit
             time.sleep(0.2)
         verified = docker.run("exec", name, "python3", "-I", "-S", "/bundle/edgectl", "verify")
         assert verified.returncode == 0, verified.stdout
-        start = time.monotonic()
-        assert docker.run("stop", name).returncode == 0
-        assert time.monotonic() - start < 9  # after 10 it is killed
-        assert inspect(docker, name)["State"]["ExitCode"] == 143
+        expect_stop(docker, name)
 
 
 def test_without_a_key_it_does_not_listen_to_the_network(docker: Engine, images: dict[str, str]) -> None:
@@ -190,6 +136,28 @@ def test_the_pis_image_gives_the_tokens_of_the_x86_one(docker: Engine, images: d
     assert inspect(docker, images["rpi5"])["Architecture"] == "arm64"
     assert tokens["rpi5"] == tokens["x86-cpu"]
     assert tokens["rpi5"]
+
+
+def test_without_an_engine_the_same_image_is_made(
+    docker: Engine, debian: str, folder: Path, images: dict[str, str], tmp_path: Path
+) -> None:
+    """On the same base: how it starts, as whom, and what it says of itself."""
+    minimal = "toolchain-test:minimal"
+    built = docker.run(
+        *("build", "--network", "host", "--file", f"{folder}/docker/runtime.Dockerfile", "--target", "minimal"),
+        *("--build-arg", f"DEBIAN={debian}", "--tag", minimal, str(folder)),
+    )
+    assert built.returncode == 0, built.stderr[-3000:]
+    base = tmp_path / "base.tar"
+    assert docker.run("save", "--output", str(base), minimal).returncode == 0
+    made = image.pack(bundle_in(folder, "x86-cpu"), tmp_path / "image.tar", base=base, report=Silent())
+    assert docker.run("load", "--input", str(tmp_path / "image.tar")).returncode == 0
+    packed, by_engine = (inspect(docker, name)["Config"] for name in (made["reference"], images["x86-cpu"]))
+    for key in ("Entrypoint", "Cmd", "User", "WorkingDir", "Env", "ExposedPorts", "StopSignal", "Healthcheck"):
+        assert packed[key], key
+        assert packed[key] == by_engine[key], key
+    # A Dockerfile cannot read the manifest: version and identity are labels of the other one alone.
+    assert by_engine["Labels"].keys() < packed["Labels"].keys()
 
 
 def test_an_image_that_was_packed_without_an_engine_serves_as_well(

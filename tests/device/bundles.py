@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -90,8 +91,10 @@ def install(root: Path) -> LlamaCpp:
 
 
 def target(**runtime: Any) -> TargetProfile:
+    """x86-cpu, for programs of this host: they may ask for its glibc."""
     profile = read_target("x86-cpu")
-    return profile.model_copy(update={"runtime": profile.runtime.model_copy(update=runtime)})
+    changed = {"glibc_floor": platform.libc_ver()[1], **runtime}
+    return profile.model_copy(update={"runtime": profile.runtime.model_copy(update=changed)})
 
 
 def maker(llama: LlamaCpp, model: Path, tmp_path: Path) -> Make:

@@ -60,11 +60,12 @@ def argv(bundle: Path, cpu: str, *options: str) -> list[str]:
 
 
 @contextmanager
-def served(command: list[str]) -> Iterator[str]:
+def served(command: list[str], cwd: Path | None = None) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    child = subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    argv = [*command, "--port", str(port)]
+    child = subprocess.Popen(argv, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
     try:
         limit = time.monotonic() + 120

@@ -16,8 +16,12 @@ from typing import Any
 import openai
 import pytest
 
+from tests.containers import serving
+from tests.containers.engine import Engine
+from toolchain.bundle import image, minimal_base
 from toolchain.pipeline import steps
 from toolchain.recipe import read_recipe
+from toolchain.reporter import Silent
 
 pytestmark = pytest.mark.end_to_end
 
@@ -147,18 +151,20 @@ def client(moved: Path) -> Iterator[openai.OpenAI]:
     server.stderr.close()
 
 
+QUESTION: list[Any] = [
+    {"role": "system", "content": "Answer in one short sentence."},
+    {"role": "user", "content": "How do I list the Helm releases of a namespace?"},
+]
+
+
 def ask(client: openai.OpenAI, *, stream: bool) -> tuple[str, str]:
     """(text, finish reason) of a held-out question, greedy."""
-    messages: list[Any] = [
-        {"role": "system", "content": "Answer in one short sentence."},
-        {"role": "user", "content": "How do I list the Helm releases of a namespace?"},
-    ]
     if not stream:
-        answer = client.chat.completions.create(model="demo", messages=messages, temperature=0, max_tokens=48)
+        answer = client.chat.completions.create(model="demo", messages=QUESTION, temperature=0, max_tokens=48)
         return answer.choices[0].message.content or "", answer.choices[0].finish_reason
     text, finish = "", ""
     with client.chat.completions.create(
-        model="demo", messages=messages, temperature=0, max_tokens=48, stream=True
+        model="demo", messages=QUESTION, temperature=0, max_tokens=48, stream=True
     ) as parts:
         for part in parts:
             for choice in part.choices:
@@ -172,6 +178,23 @@ def test_the_openai_client_gets_the_same_answer_streamed_and_whole(client: opena
     assert whole == streamed
     assert len(whole[0]) > 10
     assert whole[1] in ("stop", "length")
+
+
+@pytest.mark.docker
+def test_its_image_runs_confined_and_gives_the_same_answer(
+    docker: Engine, work: Path, client: openai.OpenAI, tmp_path: Path
+) -> None:
+    (bundle,) = (work / "bundle-x86-cpu").glob("*/demo-*")
+    minimal_base.make(tmp_path / "base.tar", arch="x86_64", report=Silent())
+    made = image.pack(bundle, tmp_path / "image.tar", base=tmp_path / "base.tar", report=Silent())
+    loaded = docker.run("load", "--input", str(tmp_path / "image.tar"))
+    assert loaded.returncode == 0, loaded.stderr
+    with serving.running(docker, made["reference"], tmp_path) as name:
+        serving.expect_confined(docker, name)
+        body = {"messages": QUESTION, "temperature": 0, "max_tokens": 48}
+        (choice,) = serving.ask(docker, name, "/v1/chat/completions", body)["choices"]
+        assert (choice["message"]["content"], choice["finish_reason"]) == ask(client, stream=False)
+        serving.expect_stop(docker, name)
 
 
 def test_the_moved_bundle_verifies_and_a_changed_byte_is_found(moved: Path) -> None:

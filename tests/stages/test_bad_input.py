@@ -6,9 +6,11 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.device.test_bundle_image import layers_for, saved
 from tests.stages.recipe_files import make_recipe, toolchain
 from tests.tiny import make_tiny_checkpoint
 from toolchain.errors import HostError
@@ -224,3 +226,22 @@ def test_a_full_disk_in_merge_and_in_quantize_is_one_error_and_leaves_nothing_th
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         (work / stage).unlink()
         assert toolchain(recipe, "run", "--until", stage).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "base", "says"),
+    [
+        ("aarch64", {}, "bundle.base.x86_64 is missing, and the image for x86-cpu stands on it"),
+        ("x86_64", {"arch": "arm64"}, "is for linux/arm64, the bundle for linux/amd64"),
+        ("x86_64", {"layers": layers_for(python="3.9")}, "Python 3.9 in it, edgectl needs 3.10"),
+    ],
+)
+def test_a_base_on_which_no_image_can_stand_is_found_before_anything_is_trained(
+    recipe: Path, key: str, base: dict[str, Any], says: str
+) -> None:
+    path = saved(recipe.parent / "base.tar", **base)
+    done = toolchain(recipe, "run", "--set", 'bundle.forms=["image"]', "--set", f'bundle.base.{key}="{path}"')
+    assert done.returncode in (1, 2)
+    assert says in done.stderr
+    assert "hint: " in done.stderr
+    assert "▸" not in done.stderr

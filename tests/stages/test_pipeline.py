@@ -10,15 +10,19 @@ from pathlib import Path
 
 import pytest
 
+from tests.device.test_bundle_image import saved
 from tests.stages.recipe_files import command, make_recipe, toolchain
 from toolchain.artifact import Manifest, lock, open_artifact
+from toolchain.bundle import archive, image
 from toolchain.errors import HostError
 from toolchain.gguf import llama_cpp
 from toolchain.pipeline import STAGE_NAMES, host_cmake
+from toolchain.reporter import Silent
 
 pytestmark = [pytest.mark.stages, pytest.mark.llama_cpp]
 
-IN_THIS_RECIPE = tuple(name for name in STAGE_NAMES if name != "on_policy")
+IN_THIS_RECIPE = tuple(name for name in STAGE_NAMES if name not in ("on_policy", "forms"))
+FORMS = ("--set", 'bundle.forms=["archive", "image"]', "--set")
 UP_TO_GGUF = IN_THIS_RECIPE[: IN_THIS_RECIPE.index("evaluate") + 1]
 
 
@@ -131,6 +135,17 @@ def test_the_rest_of_the_way_ends_with_a_report_on_screen_and_in_files(copy: Pat
     assert [name.split("[")[0] for name in found["stages"]] == list(IN_THIS_RECIPE)
     assert (reports / "report.md").read_text().strip() == ran.stdout.strip()
     assert json.loads(toolchain(copy, "report", "--json").stdout) == found
+    more = toolchain(copy, "run", *FORMS, f'bundle.base.x86_64="{saved(copy.parent / "base.tar")}"')
+    assert more.returncode == 0, more.stderr
+    assert more.stderr.count(": reused") == len(IN_THIS_RECIPE)
+    (bundle,) = (copy.parent / "work" / "bundle-x86-cpu").glob("*/tiny-*")
+    by_hand = {"archive": copy.parent / "by_hand.tar", "image": copy.parent / "by_hand.image.tar"}
+    archive.pack(bundle, by_hand["archive"], report=Silent())
+    image.pack(bundle, by_hand["image"], base=copy.parent / "base.tar", report=Silent())
+    facts = manifest_of(copy.parent / "work", "forms-x86-cpu").metrics
+    for form, path in by_hand.items():
+        (made,) = (copy.parent / "work" / "forms-x86-cpu").glob(f"*/{facts[form]['file']}")
+        assert made.read_bytes() == path.read_bytes()
 
 
 def test_the_same_recipe_elsewhere_gives_the_same_bytes(done: Path, tmp_path: Path) -> None:

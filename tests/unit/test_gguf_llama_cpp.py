@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from toolchain import errors
-from toolchain.gguf import llama_cpp
+from toolchain.gguf import llama_cpp, pinned
 from toolchain.reporter import Silent
 
 CMAKELISTS = """\
@@ -175,7 +175,7 @@ def test_a_second_builder_says_that_it_waits_and_takes_the_first_ones_build(smal
     built = llama_cpp.build({}, report=Silent())
     report = Lines()
     found: list[llama_cpp.LlamaCpp] = []
-    with llama_cpp._lock(cache / "llama.cpp" / f"{built.key}.lock", Silent()):
+    with pinned.lock(cache / "llama.cpp" / f"{built.key}.lock", Silent(), doing="building this llama.cpp"):
         second = threading.Thread(target=lambda: found.append(llama_cpp.build({}, report=report)))
         second.start()
         assert report.spoke.wait(20)
@@ -219,7 +219,7 @@ def test_a_target_overrules_a_shared_flag_and_booleans_become_cmakes() -> None:
 
 
 def test_pip_takes_only_the_source_that_is_pinned() -> None:
-    argv = llama_cpp.pip_argv(Path("wanted.txt"), Path("out"))
+    argv = pinned.pip_argv(Path("wanted.txt"), Path("out"), ["--no-binary=:all:"])
     assert argv[:4] == [sys.executable, "-m", "pip", "download"]
     assert {"--no-deps", "--no-binary=:all:", "--require-hashes"} <= set(argv)
 

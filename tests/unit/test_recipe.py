@@ -90,6 +90,11 @@ def test_an_unknown_table_is_named(folder: Path) -> None:
             "bench.prompt_tokens + bench.generated_tokens is 4128, bundle.context is 2048",
         ),
         ('[bundle]\ntargets = ["X 86"]', "bundle.targets.0"),
+        ('[bundle]\nforms = ["folder"]', "bundle.forms.0"),
+        ('[bundle]\nforms = ["archive", "archive"]', "bundle: forms: each one once"),
+        ('[bundle]\nforms = ["image"]', "bundle: forms has 'image', and base is missing: `toolchain base"),
+        ('[bundle.base]\nx86_64 = "train.jsonl"', "bundle: base is for images"),
+        ('[bundle]\nforms = ["image"]\nbase.x86_64 = "no.tar"', "bundle.base.x86_64"),
         ("[generate]\ncandidates = 4", "generate: candidates above 1 needs a sampling_temperature above 0"),
         (
             '[generate]\ncandidates = 4\nsampling_temperature = 1.0\nanswers = "dataset"',

@@ -32,7 +32,7 @@ KEY_FILE = "/run/secrets/api_key"
 """Where Docker puts the secret `api_key`; the server is open to a network only with a key."""
 CREATED = "1970-01-01T00:00:00Z"
 _SECOND_NS = 1_000_000_000
-PLATFORMS = {"x86_64": {"architecture": "amd64"}, "aarch64": {"architecture": "arm64", "variant": "v8"}}
+_PLATFORMS = {"x86_64": {"architecture": "amd64"}, "aarch64": {"architecture": "arm64", "variant": "v8"}}
 _HEALTH = f"import urllib.request as r; r.urlopen('http://127.0.0.1:{PORT}/health', timeout=4)"
 HEALTH = ["python3", "-I", "-S", "-c", _HEALTH]
 """What the image asks itself."""
@@ -52,21 +52,26 @@ class Blob:
         return {"mediaType": self.media_type, "digest": f"sha256:{self.sha256}", "size": self.bytes}
 
 
+def platform(arch: str) -> dict[str, str]:
+    """As images call the machine that uname calls `arch`."""
+    return {"os": "linux", **_PLATFORMS[arch]}
+
+
 def pack(folder: Path, out: Path, *, base: Path, report: Reporter, force: bool = False) -> dict[str, Any]:
     """Write the image of the bundle in `folder` on `base` to the file `out`; digest and sizes come back.
 
     Raises ArtifactError when the bundle is not as built, HostError for the disk or a base that will not do.
     """
     bundle = archive.open_to_pack(folder)
-    platform = {"os": "linux", **PLATFORMS[bundle.manifest["target"]["arch"]]}
-    with open_base(base, platform) as stands_on:
-        stands_on.check_contents(bundle.manifest["target"]["arch"])
+    arch = str(bundle.manifest["target"]["arch"])
+    with open_base(base, platform(arch)) as stands_on:
+        stands_on.check_contents(arch)
         size = archive.total_bytes(bundle) + sum(layer.bytes for layer in stands_on.layers)
         with (
             archive.finished(out, folder, size, force=force) as file,
             bar(report, "pack", total=4, unit="layer") as task,
         ):
-            result = _write(Layout(file), bundle, stands_on, platform, task.advance)
+            result = _write(Layout(file), bundle, stands_on, platform(arch), task.advance)
     report.line(f"{out}: {result['bytes'] / 2**20:.1f} MiB, sha256:{result['digest'][:12]}…")
     return result
 

@@ -32,7 +32,7 @@ def make(out: Path, *, arch: str, report: Reporter, force: bool = False) -> dict
                 f"no {program} on this machine: the base is made of Debian's packages",
                 hint="give `toolchain pack` another --base, such as of `docker save debian:bookworm-slim` with python3",
             )
-    platform = {"os": "linux", **image.PLATFORMS[arch]}
+    platform = image.platform(arch)
     with tempfile.TemporaryDirectory(prefix="toolchain-base-") as folder:
         root = Path(folder, "root")
         require_free(root.parent, 2 * _BYTES, "the base's packages")

@@ -126,7 +126,7 @@ def collect(llama: LlamaCpp, target: TargetProfile, out: Path) -> RuntimeFacts:
     Raises HostError and ExternalToolError, naming the file, when the result could not run on the target.
     """
     out.mkdir(parents=True)
-    for name, source in _closure(llama.bin, target).items():
+    for name, source in _closure(llama, target).items():
         shutil.copyfile(source, out / name)
         (out / name).chmod(0o755 if name in PROGRAMS else 0o644)
     elves = {path.name: read_elf(path) for path in sorted(out.iterdir())}
@@ -152,8 +152,9 @@ def _compiler(path: Path) -> str:
     return "; ".join(sorted({name for name in names if name})) or "unknown"
 
 
-def _closure(folder: Path, target: TargetProfile) -> dict[str, Path]:
+def _closure(llama: LlamaCpp, target: TargetProfile) -> dict[str, Path]:
     """Name in the bundle → file: the programs, ggml's backends (loaded by name at start) and all that they need."""
+    folder = llama.bin
     found: dict[str, Path] = {}
     waiting = [*PROGRAMS, *sorted(path.name for path in folder.glob("libggml-*.so") if _is_backend(path))]
     while waiting:
@@ -162,7 +163,8 @@ def _closure(folder: Path, target: TargetProfile) -> dict[str, Path]:
             continue
         path = folder / name
         if not path.is_file() and name in COMPILER_LIBRARIES:
-            path = _compiler_library(name, target)
+            own = llama.libraries / name
+            path = own if own.is_file() else _compiler_library(name, target)
         if not path.is_file():
             raise HostError(
                 f"{name} is not in {folder}, and the programs need it",

@@ -1,6 +1,5 @@
 """Sign a finished bundle, and verify one: on this host, by the very code that the device runs."""
 
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -8,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from toolchain.device import errors, files, signature, unpack, verify
+from toolchain.device import errors, files, place, signature, unpack, verify
 from toolchain.errors import ArtifactError, ExternalToolError, HostError, RecipeError
 from toolchain.reporter import Reporter
 
@@ -61,24 +60,11 @@ def sign(folder: Path, *, key: Path) -> str:
     verdict = signature.check(sums, done.stdout, None)
     if not verdict.ok:
         raise ExternalToolError(f"ssh-keygen signed with {key}, and does not accept it: {verdict.detail}")
-    _replace(folder / files.SIGNATURE, done.stdout)
-    return verdict.detail.partition(";")[0]
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Whole or not at all, and readable on every device whatever the umask is here."""
-    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with draft.open("wb") as out:
-            out.write(content)
-            out.flush()
-            os.fsync(out.fileno())
-        draft.chmod(0o644)
-        draft.rename(path)
+        place.replace(folder / files.SIGNATURE, done.stdout.decode("ascii"))
     except OSError as error:
-        raise HostError(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        draft.unlink(missing_ok=True)
+        raise HostError(f"{folder / files.SIGNATURE}: cannot be written: {error.strerror}") from error
+    return verdict.detail.partition(";")[0]
 
 
 def check(bundle: Path, *, allowed_signers: Path | None, signer: str | None, report: Reporter) -> dict[str, Any]:

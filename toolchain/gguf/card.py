@@ -9,6 +9,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from toolchain.artifact import digest_file
 from toolchain.recipe import Card
 
 
@@ -44,8 +45,7 @@ def source_uuid(checkpoint: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(checkpoint.glob("*.safetensors")):
         digest.update(path.name.encode() + b"\0")
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(bytes.fromhex(digest_file(path)))
     raw = bytearray(digest.digest()[:16])
     raw[6], raw[8] = raw[6] & 0x0F | 0x80, raw[8] & 0x3F | 0x80
     return str(uuid.UUID(bytes=bytes(raw)))

@@ -4,24 +4,17 @@ nvcc and its parts run on this host; headers and libraries are the device's. The
 FindCUDAToolkit look for it.
 """
 
-import fcntl
 import fnmatch
-import hashlib
-import json
 import platform
 import re
 import shutil
 import subprocess
-import sys
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from toolchain import process
-from toolchain.artifact import digest_file
-from toolchain.disk import require_free
 from toolchain.errors import HostError
+from toolchain.gguf import pinned
 from toolchain.reporter import Reporter
 from toolchain.resources import versions
 
@@ -32,19 +25,6 @@ _TOP = "nvidia/cu13/"
 _TARGETS = ("aarch64-linux", "sbsa-linux", "x86_64-linux")
 """Under whichever of these names nvcc or CMake looks for the target's half."""
 _FREE_BYTES = 1_500_000_000
-
-
-def wanted(cmake: Mapping[str, str | bool]) -> bool:
-    """Whether a profile's options ask for it."""
-    return any(isinstance(value, str) and PLACEHOLDER in value for value in cmake.values())
-
-
-def filled(cmake: Mapping[str, str | bool], folder: Path) -> dict[str, str | bool]:
-    """The options with the toolkit's folder in its place."""
-    return {
-        name: value.replace(PLACEHOLDER, str(folder)) if isinstance(value, str) else value
-        for name, value in cmake.items()
-    }
 
 
 def link_flags(folder: Path) -> str:
@@ -76,52 +56,26 @@ def make(cache: Path, *, report: Reporter) -> Path:
         raise HostError(
             f"this host is {platform.machine()}; the cross toolkit runs on x86_64", hint="build on the device itself"
         )
-    pins = _pins()
-    key = hashlib.sha256(json.dumps(pins, sort_keys=True).encode()).hexdigest()[:16]
     home = cache / "cuda"
-    home.mkdir(parents=True, exist_ok=True)
-    with (home / f"{key}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        final: Path = home / key
-        if final.is_dir():
-            return final
-        require_free(home, _FREE_BYTES, "the CUDA toolkit", hint="free some space, or set TOOLCHAIN_CACHE")
-        draft = home / f"{key}.partial"
-        shutil.rmtree(draft / "toolkit", ignore_errors=True)
-        for wheel in pins:
+
+    def fill(out: Path) -> None:
+        for wheel in _pins():
             report.line(f"fetching {wheel['name']} {wheel['version']}, {wheel['platform']}")
-            _unpack(_fetch(wheel, draft, home / "pip.log"), draft / "toolkit", wheel.get("only", ["*"]))
-        _lay_out(draft / "toolkit")
-        (draft / "toolkit").rename(final)
-        shutil.rmtree(draft)
-    return final
+            fetched = pinned.from_index(
+                *(wheel["name"], wheel["version"], wheel["sha256"], out.parent / wheel["name"]),
+                options=["--only-binary=:all:", "--platform", wheel["platform"]],
+                log=home / "pip.log",
+                hint="a package index must be reachable",
+            )
+            _unpack(fetched, out, wheel.get("only", ["*"]))
+        _lay_out(out)
+
+    return pinned.once(home, _pins(), fill, what="the CUDA toolkit", needed=_FREE_BYTES, report=report)
 
 
 def _pins() -> list[dict[str, Any]]:
     pins: list[dict[str, Any]] = versions()["cuda_cross"]["wheels"]
     return pins
-
-
-def _fetch(wheel: Mapping[str, Any], draft: Path, log: Path) -> Path:
-    """The wheel's file; one that a killed call has left whole is not fetched again."""
-    folder: Path = draft / wheel["name"]
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob("*.whl"):
-        if digest_file(path) == wheel["sha256"]:
-            return path
-    requirements = folder / "requirements.txt"
-    requirements.write_text(f"{wheel['name']}=={wheel['version']} --hash=sha256:{wheel['sha256']}\n", encoding="utf-8")
-    process.run(
-        [
-            *(sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes"),
-            *("--disable-pip-version-check", "--platform", wheel["platform"]),
-            *("-d", str(folder), "-r", str(requirements)),
-        ],
-        log=log,
-        hint="a package index must be reachable",
-    )
-    (path,) = folder.glob("*.whl")
-    return path
 
 
 def _unpack(wheel: Path, out: Path, only: list[str]) -> None:

@@ -3,7 +3,6 @@
 Nothing here but `fetch` and `build` reaches the network or starts a compiler; stages call `find`.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -13,17 +12,16 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from toolchain import process
-from toolchain.artifact import digest_file
 from toolchain.disk import require_free
 from toolchain.errors import ExternalToolError, HostError
-from toolchain.gguf import cuda_toolkit
+from toolchain.gguf import cuda_toolkit, pinned, sysroot
 from toolchain.reporter import Reporter, Silent, Task
 from toolchain.resources import versions
 
@@ -77,6 +75,11 @@ class LlamaCpp:
         return self.root / "bin"
 
     @property
+    def libraries(self) -> Path:
+        """The C++ library of an older system, where the build is for one; else there is no such folder."""
+        return self.root / "lib"
+
+    @property
     def source(self) -> Path:
         return self.root / "source"
 
@@ -124,8 +127,14 @@ def physical_cores() -> int:
 
 def flags_of(cmake: Mapping[str, str | bool]) -> tuple[str, ...]:
     """The CMake options of a build, shared ones first; a target's own value wins."""
-    merged = {**SHARED_FLAGS, **cmake}
+    merged = {**SHARED_FLAGS, **_commit_flags(), **cmake}
     return tuple(f"-D{name}={_cmake_value(value)}" for name, value in merged.items())
+
+
+def _commit_flags() -> dict[str, str | bool]:
+    """Told, not asked of git: what that says depends on its being there, on who owns the files, and on their times."""
+    commit = str(versions()["llama_cpp"]["commit"])[:7]
+    return {"LLAMA_BUILD_COMMIT": commit, "GGML_BUILD_COMMIT": commit, "GIT_EXE": False}
 
 
 def archive_path() -> Path:
@@ -141,31 +150,20 @@ def fetch(*, report: Reporter | None = None) -> Path:
     """
     pin = versions()["llama_cpp"]
     archive = archive_path()
-    folder = archive.parent
-    if not archive.is_file():
-        (report or Silent()).line(f"fetching {pin['package']} {pin['version']} (77 MB)")
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{pin['sha256'][:12]}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        wanted = partial / "requirements.txt"
-        wanted.write_text(f"{pin['package']}=={pin['version']} --hash=sha256:{pin['sha256']}\n", encoding="utf-8")
-        process.run(
-            pip_argv(wanted, partial),
-            log=folder / "pip.log",
-            hint=f"a package index must be reachable, or put the file there yourself: {archive}",
-        )
-        _check_digest(partial / archive.name, pin["sha256"])
-        (partial / archive.name).replace(archive)
-        shutil.rmtree(partial)
-    _check_digest(archive, pin["sha256"])
+    if archive.is_file():
+        pinned.check_digest(archive, pin["sha256"])
+        return archive
+    (report or Silent()).line(f"fetching {pin['package']} {pin['version']} (77 MB)")
+    partial = archive.parent / f"{pin['sha256'][:12]}.partial"
+    fetched = pinned.from_index(
+        *(pin["package"], pin["version"], pin["sha256"], partial),
+        options=["--no-binary=:all:"],
+        log=archive.parent / "pip.log",
+        hint=f"a package index must be reachable, or put the file there yourself: {archive}",
+    )
+    fetched.replace(archive)
+    shutil.rmtree(partial)
     return archive
-
-
-def pip_argv(requirements: Path, out: Path) -> list[str]:
-    """pip, told to take the source distribution and nothing that its digest does not name."""
-    options = ["--no-deps", "--no-binary=:all:", "--require-hashes", "--disable-pip-version-check"]
-    return [sys.executable, "-m", "pip", "download", *options, "-d", str(out), "-r", str(requirements)]
 
 
 def build(cmake: Mapping[str, str | bool], *, report: Reporter) -> LlamaCpp:
@@ -176,40 +174,77 @@ def build(cmake: Mapping[str, str | bool], *, report: Reporter) -> LlamaCpp:
     compiler = _compiler_line(cmake)
     if compiler is None:
         raise _no_compiler(cmake)
-    tools = {name: _tool(name) for name in ("cmake", "ninja")}
     request = _request(cmake)
     key = _key(request, compiler)
     home = cache_folder() / "llama.cpp"
     home.mkdir(parents=True, exist_ok=True)
-    with _lock(home / f"{key}.lock", report):
+    with pinned.lock(home / f"{key}.lock", report, doing="building this llama.cpp"):
         final = home / key
         if final.is_dir():
             return _open(final)
         hint = "free some space, or set TOOLCHAIN_CACHE to a folder on another disk"
         require_free(home, _FREE_BYTES * (3 if "GGML_CUDA" in cmake else 1), "the build", hint=hint)
-        options, link = cmake, ""
-        if cuda_toolkit.wanted(cmake):
-            toolkit = cuda_toolkit.make(cache_folder(), report=report)
-            options, link = cuda_toolkit.filled(cmake, toolkit), cuda_toolkit.link_flags(toolkit)
         partial = home / f"{key}.partial"
         partial.mkdir(exist_ok=True)
-        sdist = _unpack(fetch(report=report), partial / "sdist")
-        source, objects, log = sdist / "vendor" / "llama.cpp", partial / "build", home / f"{key}.log"
-        # Not the caller's own: they would change the build without changing its key. No path of this machine in it.
-        no_paths = f"-ffile-prefix-map={sdist}=."
-        env = {"CFLAGS": no_paths, "CXXFLAGS": no_paths, "CUDAFLAGS": f"-Xcompiler={no_paths}"}
-        env |= {"LDFLAGS": link, "CMAKE_TOOLCHAIN_FILE": ""}
-        hint = f"full output: {log}"
-        process.run(configure_argv(tools, source, objects, options), log=log, env=env, hint=hint)
-        with _ninja_bar(report) as on_line:
-            process.run(
-                [str(tools["ninja"]), "-C", str(objects), *TARGETS], log=log, env=env, on_line=on_line, hint=hint
-            )
+        sdist, objects = compiled(cmake, partial, wanted=TARGETS, log=home / f"{key}.log", report=report)
         commit = versions()["llama_cpp"]["commit"]
         install(sdist, objects, partial / "install", cmake, {**request, "compiler": compiler, "commit": commit})
+        if _asks(cmake, sysroot.PLACEHOLDER):
+            _take_along(sysroot.make(cache_folder(), report=report), partial / "install" / "lib")
         (partial / "install").rename(final)
         shutil.rmtree(partial)
     return _open(final)
+
+
+def compiled(
+    cmake: Mapping[str, str | bool], folder: Path, *, wanted: Sequence[str], log: Path, report: Reporter
+) -> tuple[Path, Path]:
+    """Unpack the source below `folder` and make the `wanted` there: the unpacked distribution, and the build's folder.
+
+    Goes on where a call that was killed has stopped. Raises HostError, ExternalToolError.
+    """
+    tools = {name: _tool(name) for name in ("cmake", "ninja")}
+    sdist = _unpack(fetch(report=report), folder / "sdist")
+    objects, hint = folder / "build", f"full output: {log}"
+    # Not the caller's own: they would change the build without changing its key. No path of this machine in it.
+    no_paths = f"-ffile-prefix-map={sdist}=."
+    env = {"CFLAGS": no_paths, "CXXFLAGS": no_paths, "CUDAFLAGS": f"-Xcompiler={no_paths}", "LDFLAGS": ""}
+    env["CMAKE_TOOLCHAIN_FILE"] = ""
+    if _asks(cmake, cuda_toolkit.PLACEHOLDER):
+        toolkit = cuda_toolkit.make(cache_folder(), report=report)
+        cmake = _filled(cmake, cuda_toolkit.PLACEHOLDER, toolkit)
+        env["LDFLAGS"] += cuda_toolkit.link_flags(toolkit)
+    if _asks(cmake, sysroot.PLACEHOLDER):
+        older = sysroot.make(cache_folder(), report=report)
+        cmake = _filled(cmake, sysroot.PLACEHOLDER, older)
+        env["CXXFLAGS"] += f" {sysroot.compiler_flags(older)}"
+        env["LDFLAGS"] += sysroot.link_flags(older)
+    argv = configure_argv(tools, sdist / "vendor" / "llama.cpp", objects, cmake)
+    process.run(argv, log=log, env=env, hint=hint)
+    with _ninja_bar(report) as on_line:
+        argv = [str(tools["ninja"]), "-C", str(objects), *wanted]
+        process.run(argv, log=log, env=env, on_line=on_line, hint=hint)
+    return sdist, objects
+
+
+def _asks(cmake: Mapping[str, str | bool], placeholder: str) -> bool:
+    return any(isinstance(value, str) and placeholder in value for value in cmake.values())
+
+
+def _filled(cmake: Mapping[str, str | bool], placeholder: str, folder: Path) -> dict[str, str | bool]:
+    """The options with a folder in the place of what stands for it."""
+    return {
+        name: value.replace(placeholder, str(folder)) if isinstance(value, str) else value
+        for name, value in cmake.items()
+    }
+
+
+def _take_along(older: Path, out: Path) -> None:
+    """The C++ library that programs were built against, not among them: on this host its newer one does as well, for
+    whatever else a process has loaded."""
+    out.mkdir()
+    for name in sysroot.LIBRARIES:
+        shutil.copyfile(older / "usr" / "lib" / name, out / name)
 
 
 def _no_compiler(cmake: Mapping[str, str | bool]) -> HostError:
@@ -313,10 +348,13 @@ def _compiler_line(cmake: Mapping[str, str | bool]) -> str | None:
             return None
         lines.append(answer.stdout.splitlines()[0] if answer.stdout else name)
     if cmake.get("GGML_CUDA") is True:
-        cuda = cuda_toolkit.line() if cuda_toolkit.wanted(cmake) else cuda_toolkit.nvcc_line(_nvcc(cmake))
+        own = _asks(cmake, cuda_toolkit.PLACEHOLDER)
+        cuda = cuda_toolkit.line() if own else cuda_toolkit.nvcc_line(_nvcc(cmake))
         if cuda is None:
             return None
         lines.append(cuda)
+    if _asks(cmake, sysroot.PLACEHOLDER):
+        lines.append(sysroot.line())
     return "; ".join(lines)
 
 
@@ -373,15 +411,6 @@ def _open(folder: Path) -> LlamaCpp:
     return LlamaCpp(root=folder, commit=record["commit"], key=folder.name, flags=tuple(record["flags"]))
 
 
-def _check_digest(path: Path, expected: str) -> None:
-    found = digest_file(path)
-    if found != expected:
-        raise HostError(
-            f"{path}: SHA-256 is {found}, docker/versions.toml pins {expected}",
-            hint=f"delete {path}, then run again",
-        )
-
-
 def _unpack(archive: Path, out: Path) -> Path:
     """The archive's one top folder, unpacked below `out` unless a complete copy is there."""
     if not out.is_dir():
@@ -403,18 +432,6 @@ def _strip(binaries: Path, cmake: Mapping[str, str | bool]) -> None:
         # The names of a static C library's variants stay: whoever inspects the instructions must know them.
         kept = [f"--keep-symbol={name}" for name in C_LIBRARY_VARIANTS]
         subprocess.run([strip, "--strip-unneeded", "--wildcard", *kept, *files], check=True)
-
-
-@contextmanager
-def _lock(path: Path, report: Reporter) -> Iterator[None]:
-    """Hold `path` for the length of a `with` block; the kernel lets go when the process dies."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            report.line("another process is building this llama.cpp: waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @contextmanager
