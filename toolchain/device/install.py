@@ -283,11 +283,17 @@ def _try(service: Service, release: str, settings: Settings, say: Say, *, anew: 
 
 
 def _wait_served(service: Service, release: str, settings: Settings, limit_s: float) -> None:
-    """Until the release answers at its address. Raises DeviceError when its edgectl has ended, or it is late."""
+    """Until the release's edgectl is ready, its model's bytes read, and the server answers at its address.
+
+    Raises DeviceError when that edgectl has ended, or it is late.
+    """
     end_s = time.monotonic() + limit_s
-    while not _answers(service.home, release, settings):
+    while True:
         note = supervise.read_note(service.note)
-        if note.get("release") == release and note.get("state") == "ended":
+        state = note.get("state") if note.get("release") == release else None
+        if state == "ready" and _answers(service.home, release, settings):
+            return
+        if state == "ended":
             raise DeviceError(str(note.get("ended")))
         if note.get("instead_of") == release:
             raise DeviceError(f"it does not start; {note.get('release')}, which was good before it, is served instead")

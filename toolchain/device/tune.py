@@ -304,7 +304,7 @@ class _Search:
         ttft_s: list[float] = []
         tpot_s: list[float] = []
         started_s = time.monotonic()
-        while (number := len(ttft_s)) < repetitions or (0 < number and time.monotonic() - started_s < _BLOCK_S):
+        while (number := len(ttft_s)) < repetitions or (number > 0 and time.monotonic() - started_s < _BLOCK_S):
             read = client.stream_chat(self.prompt, temperature=0, max_tokens=1, ignore_eos=True)
             ttft_s.append(read.ttft_s)
             # An answer to its end and no further: behind it models repeat themselves, which flatters speculation.
