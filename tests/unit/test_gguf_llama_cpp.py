@@ -22,11 +22,12 @@ set(CMAKE_LIBRARY_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/bin)
 add_library(llama SHARED ${CMAKE_CURRENT_SOURCE_DIR}/lib.c)
 set_target_properties(llama PROPERTIES VERSION 0.5.0 SOVERSION 0)
 add_library(ggml-cpu-x64 MODULE lib.c)
+add_library(ggml-cpu-sapphirerapids MODULE lib.c)
 foreach(name llama-server llama-bench llama-quantize llama-imatrix extra)
   add_executable(${name} main.c)
   target_link_libraries(${name} llama)
 endforeach()
-add_dependencies(llama-server ggml-cpu-x64)
+add_dependencies(llama-server ggml-cpu-x64 ggml-cpu-sapphirerapids)
 """
 
 needs_compiler = pytest.mark.skipif(
@@ -116,18 +117,6 @@ def test_an_installed_build_has_programs_libraries_sources_and_bindings_and_no_m
     assert [path.name for path in (built.bindings / "llama_cpp").iterdir()] == []
     with pytest.raises(errors.HostError, match="llama-cli"):
         built.program("llama-cli")
-
-
-@needs_compiler
-def test_a_variant_that_crashes_is_taken_out_of_builds_from_before_it_was_known(small_source: Path) -> None:
-    built = llama_cpp.build({}, report=Silent())
-    (variant,) = (built.bin / name for name in llama_cpp.BROKEN)
-    variant.write_bytes(b"")
-    assert llama_cpp.find({}) == built
-    assert not variant.exists()
-    variant.write_bytes(b"")
-    assert llama_cpp.build({}, report=Silent()) == built
-    assert not variant.exists()
 
 
 @needs_compiler

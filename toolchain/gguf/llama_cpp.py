@@ -399,15 +399,6 @@ def _read(record: Path) -> dict[str, Any]:
 
 def _open(folder: Path) -> LlamaCpp:
     record = _read(folder / "build.json")
-    for name in BROKEN:
-        # A build from before it was known.
-        try:
-            (folder / "bin" / name).unlink(missing_ok=True)
-        except OSError as error:
-            raise HostError(
-                f"{folder / 'bin' / name}: crashes, and cannot be removed: {error.strerror}",
-                hint=f"remove it as whoever may write there, or {_BUILD_HINT}",
-            ) from None
     return LlamaCpp(root=folder, commit=record["commit"], key=folder.name, flags=tuple(record["flags"]))
 
 
