@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.lines import Lines
 from toolchain.errors import ExternalToolError, HostError
 from toolchain.gguf import pinned, sysroot
 from toolchain.reporter import Silent
@@ -105,14 +106,9 @@ def test_a_package_that_is_none_is_named(tmp_path: Path) -> None:
         sysroot._unpack(path, tmp_path / "out")
 
 
-def test_of_two_processes_one_waits_for_what_the_other_makes(mirror: Path, tmp_path: Path) -> None:
-    said: list[str] = []
-
-    class Lines(Silent):
-        def line(self, text: str) -> None:
-            said.append(text)
-
+def test_a_lock_that_was_let_go_is_taken_without_a_word(tmp_path: Path) -> None:
+    reporter = Lines()
     with pinned.lock(tmp_path / "lock", Silent(), doing="making it"):
         pass
-    with pinned.lock(tmp_path / "lock", Lines(), doing="making it"):
-        assert said == []
+    with pinned.lock(tmp_path / "lock", reporter, doing="making it"):
+        assert reporter.lines == []

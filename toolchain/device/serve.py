@@ -275,7 +275,7 @@ def go_on(launched: Launched, say: Callable[[str], None]) -> None:
     bundle = bundle_of(Path(launched.root), launched.manifest, launched.content)
     first = Server(launched.child, host=asked.host, port=asked.port, on_line=say)
     key_file = None if asked.api_key_file is None else Path(asked.api_key_file)
-    _run(bundle, host=asked.host, port=asked.port, key_file=key_file, tuned=None, say=say, first=first)
+    run(bundle, host=asked.host, port=asked.port, key_file=key_file, say=say, first=first)
 
 
 def run(
@@ -286,27 +286,16 @@ def run(
     key_file: Path | None,
     tuned: "Tuned | None" = None,
     say: Callable[[str], None],
+    first: Server | None = None,
 ) -> None:
     """Serve until a signal (raised as an exception by `main`) ends it; a server that crashes is started again.
 
-    With `tuned` settings, unless it does not start with them. Raises DeviceError when it does not become ready, or
-    crashes again and again.
+    With `tuned` settings, unless it does not start with them. `first` was started already, its address checked before
+    that. Raises DeviceError when it does not become ready, or crashes again and again.
     """
-    check_address(host, port, has_key=bool(read_keys(key_file)))
-    _run(bundle, host=host, port=port, key_file=key_file, tuned=tuned, say=say, first=None)
-
-
-def _run(
-    bundle: Bundle,
-    *,
-    host: str,
-    port: int,
-    key_file: Path | None,
-    tuned: "Tuned | None",
-    say: Callable[[str], None],
-    first: Server | None,
-) -> None:
     keys = read_keys(key_file)
+    if first is None:
+        check_address(host, port, has_key=bool(keys))
     restarts = Restarts()
     say("settings: the presets'" if tuned is None else f"settings: tuned, {tuned.gain:.2f} × as fast: {tuned}")
     while True:
