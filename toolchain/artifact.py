@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import socket
+import stat
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -228,7 +229,10 @@ def commit(
             started=datetime.fromtimestamp(started_s, UTC).isoformat(timespec="seconds"),
             seconds=round(time.time() - started_s, 3),
         )
+        umask = os.umask(0)
+        os.umask(umask)
         for path in files.values():
+            _let_read(path, 0o444 & ~umask)
             sync(path)
         write_atomic(partial / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
         for name in (RESUME, LOGS):
@@ -242,6 +246,13 @@ def commit(
             raise HostError(f"no space left on the disk while finishing {order.stage}", hint=hint) from error
         raise
     return Artifact(final, manifest)
+
+
+def _let_read(path: Path, modes: int) -> None:
+    """safetensors keeps what it writes from everybody else, and others read it: another user in a container."""
+    found = path.lstat()
+    if stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and found.st_mode & modes != modes:
+        path.chmod(stat.S_IMODE(found.st_mode) | modes)
 
 
 def open_artifact(

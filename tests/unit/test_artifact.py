@@ -32,6 +32,23 @@ def test_a_committed_artifact_opens_with_what_was_put_in(tmp_path: Path) -> None
     assert not partial_of(tmp_path / "a").exists()
 
 
+def test_what_a_library_wrote_for_its_owner_alone_is_read_as_every_other_file(tmp_path: Path) -> None:
+    users = tmp_path / "of the user"
+    users.write_text("not ours to open up")
+    users.chmod(0o600)
+    partial, _ = clean_partial(tmp_path / "a")
+    (partial / "model.safetensors").write_text("weights")
+    (partial / "model.safetensors").chmod(0o600)
+    (partial / "linked").hardlink_to(users)
+    before = os.umask(0o027)
+    try:
+        commit(tmp_path / "a", ORDER, metrics={}, started_s=time.time(), tools={})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a" / "model.safetensors").stat().st_mode & 0o777 == 0o640
+    assert users.stat().st_mode & 0o777 == 0o600
+
+
 def test_equal_files_have_equal_digests_whatever_was_asked_for(tmp_path: Path) -> None:
     one = make(tmp_path / "a", {"f": "same"})
     other = make(tmp_path / "b", {"f": "same"}, Order("distill", 2, {"epochs": 9}, {}))
