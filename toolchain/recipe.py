@@ -331,7 +331,7 @@ class Quantize(Settings):
     allocation: Literal["stock", "error-aware"] = "stock"
     """"stock": llama-quantize decides which tensor gets which type. "error-aware": it is searched for, within the same
     bytes, by what the model loses; the result is taken where it loses less on the held-out answers, beyond doubt."""
-    types: tuple[TensorType, ...] = ("Q3_K", "IQ4_XS", "IQ4_NL", "Q4_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0")
+    types: tuple[TensorType, ...] = ("Q3_K", "IQ4_XS", "IQ4_NL", "Q4_K", "Q5_0", "Q5_K", "Q6_K", "Q8_0")
     """What "error-aware" may choose from, as far as the whole is no slower than stock; Q4_0 and Q4_1 are left out."""
     target_bytes: int | None = Field(None, ge=1)
     """Most bytes of all tensors, where "error-aware" is to come out smaller (or larger) than `file_type` would."""

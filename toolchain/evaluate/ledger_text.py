@@ -78,16 +78,16 @@ def quantization(facts: dict[str, Any], speed: dict[str, Any] | None) -> str:
         listed = ", ".join(f"{count} × {change}" for change, count in sorted(kinds.items()))
         text += f" Fell back to another type, since their rows are not divisible by 256: {listed}."
     allocation = facts["allocation"]
-    return text + _error_aware(allocation, speed or {"decode": {}}) if "held_out" in allocation else text
+    return text + _error_aware(allocation, speed or {}) if "held_out" in allocation else text
 
 
 def _error_aware(allocation: dict[str, Any], speed: dict[str, Any]) -> str:
-    decode, held_out = speed["decode"], allocation["held_out"]
+    held_out = allocation["held_out"]
     change, search = held_out["change"], allocation["search"]
     taken = "The error-aware file is the one that is shipped" if allocation["taken"] else "Stock is shipped"
     interval = "" if change["low"] is None else f" [{change['low']:+.5f}, {change['high']:+.5f}]"
     head = ("form", "MB", "bits per weight", "KL to 16-bit", "99th percentile", "same top", "perplexity", "F1",
-            "decode, tokens/s", "÷ stock")  # fmt: skip
+            *(f"{kind}, tokens/s (÷ stock)" for kind in ("prefill", "decode")))  # fmt: skip
     rows = [
         (
             name,
@@ -98,7 +98,7 @@ def _error_aware(allocation: dict[str, Any], speed: dict[str, Any]) -> str:
             f"{form['same_top']:.2%}",
             f"{form['perplexity']:.4f}",
             f"{form['answer_f1']:.3f}",
-            *(_speed(decode[name]) if name in decode else ("", "")),
+            *(_speed(speed.get(kind, {}).get(name)) for kind in ("prefill", "decode")),
         )
         for name, form in held_out["forms"].items()
     ]
@@ -106,14 +106,14 @@ def _error_aware(allocation: dict[str, Any], speed: dict[str, Any]) -> str:
         f"{taken}: KL to 16-bit {change['difference']:+.5f}{interval} against stock with the same importance matrix "
         f"({change['share']:+.1%}), {held_out['rows']} held-out rows, {held_out['answer_tokens']} tokens, in nats per "
         f"token. F1 is that of greedy answers to the teacher's, on {held_out['answered']} of them. Speed is this "
-        f"host's, in turns: median, least to most. {search['trials']} whole plans were measured. plan.txt names every "
-        "tensor's type; pictures lie beside this report."
+        f"host's, in turns: medians, and the median of each round's ratio. {search['trials']} whole plans were "
+        "measured. plan.txt names every tensor's type; pictures lie beside this report."
     )
     return f"\n\n{text}\n\n{markdown((head, rows))}"
 
 
-def _speed(found: dict[str, Any]) -> tuple[str, str]:
-    return f"{found['median']:.1f} ({found['least']:.1f} to {found['most']:.1f})", f"{found['ratio']:.3f}"
+def _speed(found: dict[str, Any] | None) -> str:
+    return "" if found is None else f"{found['median']:.1f} ({found['ratio']:.3f})"
 
 
 def markdown(table: Table) -> str:

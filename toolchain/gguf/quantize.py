@@ -42,7 +42,7 @@ PLAN = "plan.txt"
 SPEED = "speed.json"
 ANSWERED = 32
 """Held-out questions that every form answers."""
-_ROUNDS, _NEW_TOKENS = 5, 64
+_ROUNDS, _PROMPT_TOKENS, _NEW_TOKENS = 5, 256, 64
 """Of llama-bench."""
 FULL, NO_MATRIX, STOCK, ERROR_AWARE = "16-bit", "stock, no matrix", "stock", "error-aware"
 
@@ -254,13 +254,12 @@ def _error_aware(
     plain.unlink()
     timed = {name: files[name] for name in (FULL, STOCK, ERROR_AWARE)}
     samples = speed.in_turns(
-        timed, llama=llama, rounds=_ROUNDS, prompt_tokens=0, new_tokens=_NEW_TOKENS, log=out / "logs" / "speed.log",
-        report=report,
+        timed, llama=llama, rounds=_ROUNDS, prompt_tokens=_PROMPT_TOKENS, new_tokens=_NEW_TOKENS,
+        log=out / "logs" / "speed.log", report=report,
     )  # fmt: skip
-    decode = speed.summary(samples, "decode", against=STOCK)
-    (out / SPEED).write_text(
-        json.dumps({"new_tokens": _NEW_TOKENS, "decode": decode}, indent=1) + "\n", encoding="utf-8"
-    )
+    speeds = {kind: speed.summary(samples, kind, against=STOCK) for kind in ("prefill", "decode")}
+    conditions = {"prompt_tokens": _PROMPT_TOKENS, "new_tokens": _NEW_TOKENS}
+    (out / SPEED).write_text(json.dumps({**conditions, **speeds}, indent=1) + "\n", encoding="utf-8")
     resized = settings.target_bytes is not None or settings.target_bits is not None
     high = held_out["change"]["high"]
     taken = resized or (high is not None and high < 0 and made.file_bytes <= stock.file_bytes)
