@@ -3,7 +3,7 @@
 import http.client
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,8 +89,8 @@ class Client:
             if response.status != 200:
                 answer = _decode(response.read())
                 raise DeviceError(f"POST /v1/chat/completions: status {response.status}: {_message(answer)}")
-            for event in _events(response):
-                streamed.add(event, time.perf_counter())
+            for at_s, event in _events(_arrivals(response)):
+                streamed.add(event, at_s)
         except http.client.HTTPException as error:
             raise ConnectionError(f"the server's answer broke off: {error!r}") from error
         finally:
@@ -153,14 +153,26 @@ class Streamed:
         return (self.token_at_s[-1] - self.token_at_s[0]) / gaps
 
 
-def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a server-sent event stream, up to [DONE]."""
-    for raw in response:
-        line = raw.decode("utf-8").rstrip("\r\n")
-        if line.startswith("data: ") and line != "data: [DONE]":
-            yield json.loads(line[len("data: ") :])
-        elif line.startswith("error: "):
-            yield {"error": json.loads(line[len("error: ") :])}
+def _arrivals(response: http.client.HTTPResponse) -> list[tuple[float, bytes]]:
+    """What came, and when. It is read as it comes and taken apart later: on a small machine the reader and the model
+    share the cores, and a reader that is slow is measured too."""
+    pieces = []
+    while piece := response.read1(1 << 16):
+        pieces.append((time.perf_counter(), piece))
+    return pieces
+
+
+def _events(arrivals: Iterable[tuple[float, bytes]]) -> Iterator[tuple[float, dict[str, Any]]]:
+    """The JSON objects of a server-sent event stream, up to [DONE], each at the time its line was whole."""
+    rest = b""
+    for at_s, piece in arrivals:
+        *lines, rest = (rest + piece).split(b"\n")
+        for raw in lines:
+            line = raw.decode("utf-8").rstrip("\r")
+            if line.startswith("data: ") and line != "data: [DONE]":
+                yield at_s, json.loads(line[len("data: ") :])
+            elif line.startswith("error: "):
+                yield at_s, {"error": json.loads(line[len("error: ") :])}
 
 
 def _text(message: dict[str, Any]) -> str:
