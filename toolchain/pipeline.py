@@ -100,6 +100,10 @@ class StudentSettings(Settings):
     max_length: int
 
 
+class RehearsalSettings(Settings):
+    cmake: dict[str, str | bool]
+
+
 class VocabularySettings(Settings):
     method: Literal["logits", "answers", "uld"]
     on_policy: bool
@@ -247,7 +251,38 @@ def _student(settings: StudentSettings, inputs: Inputs, out: Path, report: Repor
     for key, tokens in (("bundle.context", settings.context), ("data.max_length", settings.max_length)):
         if isinstance(positions, int) and tokens > positions:
             raise RecipeError(f"{key} is {tokens}, the student was made for {positions} tokens", hint=f"lower {key}")
-    return base.prepare(settings.student, model=inputs["model"], out=out, report=report)
+    metrics = base.prepare(settings.student, model=inputs["model"], out=out, report=report)
+    return metrics | _rehearsed(out, report)
+
+
+def _rehearsed(student: Path, report: Reporter) -> Metrics:
+    """What the rehearsal says, in a process of its own: torch is in this one."""
+    from toolchain.artifact import LOGS
+    from toolchain.gguf import llama_cpp
+    from toolchain.student.load import resolve
+    from toolchain.worker import run_in_worker
+
+    settings = RehearsalSettings(cmake=host_cmake())
+    try:
+        llama_cpp.find(settings.cmake)
+    except HostError:
+        # Nobody is to build it for the training alone. Whoever converts here has been told before the first stage.
+        report.line("no llama.cpp here: whether it knows such a model is found out where it is converted")
+        return {}
+    job = {
+        "stage": REHEARSAL.name,
+        "settings": settings.model_dump(mode="json"),
+        "inputs": {"model": str(resolve(student))},
+        "out": str(student),
+    }
+    return run_in_worker(job, log=student / LOGS / "rehearsal.log", report=report)
+
+
+def _rehearsal(settings: RehearsalSettings, inputs: Inputs, out: Path, report: Reporter) -> Metrics:
+    from toolchain.gguf import convert, llama_cpp
+
+    texts = convert.rehearse(inputs["model"], llama=llama_cpp.find(settings.cmake), report=report)
+    return {"texts_as_llama_cpp_reads_them": texts}
 
 
 def _vocabulary(settings: VocabularySettings, inputs: Inputs, out: Path, report: Reporter) -> Metrics:
@@ -867,12 +902,20 @@ STAGES: tuple[Stage, ...] = (
         wanted=lambda recipe: recipe.bundle.forms != (),
     ),
 )
+REHEARSAL = Stage(
+    "rehearsal",
+    _rehearsal,
+    RehearsalSettings,
+    settings=lambda _recipe, _target: RehearsalSettings(cmake=host_cmake()),
+    inputs=lambda _: {},
+)
+"""Of the conversion; not a stage of its own but the end of `student`."""
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
 
 
 def stage_called(name: str) -> Stage:
     """The stage of that name. Raises RecipeError."""
-    for stage in STAGES:
+    for stage in (*STAGES, REHEARSAL):
         if stage.name == name:
             return stage
     raise RecipeError(f"no stage '{name}'", hint=f"stages: {', '.join(STAGE_NAMES)}")

@@ -12,7 +12,7 @@ import pytest
 
 from tests.device.test_bundle_image import layers_for, saved
 from tests.stages.recipe_files import make_recipe, toolchain
-from tests.tiny import make_tiny_checkpoint
+from tests.tiny import give_byte_level_tokenizer, make_tiny_checkpoint
 from toolchain.errors import HostError
 from toolchain.gguf import llama_cpp
 from toolchain.pipeline import host_cmake
@@ -142,6 +142,36 @@ def with_student(recipe: Path) -> Path:
     make_tiny_checkpoint(recipe.parent / "student")
     recipe.write_text(recipe.read_text().replace("keep_layers = [0, 2]", 'model = "student"'))
     return recipe
+
+
+def _no_scores(folder: Path) -> None:
+    (folder / "student" / "tokenizer.model").unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (
+            lambda folder: give_byte_level_tokenizer(folder / "student"),
+            "llama.cpp does not know how this tokenizer splits text",
+        ),
+        (_no_scores, "its tokenizer differs from the checkpoint's on"),
+    ],
+)
+def test_a_student_that_cannot_be_converted_is_told_before_it_is_trained(
+    with_student: Path, spoil: Callable[[Path], object], says: str, llama: llama_cpp.LlamaCpp
+) -> None:
+    good = toolchain(with_student, "run", "--until", "student")
+    assert good.returncode == 0, good.stderr
+    manifests = (with_student.parent / "work" / "student").glob("*/manifest.json")
+    manifest = max(manifests, key=lambda path: path.stat().st_mtime)
+    assert json.loads(manifest.read_text())["metrics"]["texts_as_llama_cpp_reads_them"] > 12
+    spoil(with_student.parent)
+    done = toolchain(with_student, "run", "--until", "student")
+    [error] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1
+    assert says in error
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import os
 import runpy
 import signal
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import Pipe
@@ -23,13 +23,19 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain import errors, process
 from toolchain.data.rows import Row
-from toolchain.errors import ExternalToolError, ToolchainError
+from toolchain.errors import ExternalToolError, ModelError, ToolchainError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import torch
 
-_BATCH_TOKENS = 1024
-"""Every batch reads the checkpoint once."""
+_COMPARED_TOKENS = 256
+"""Most tokens whose logits are compared, unless one text has more. Each costs a pass through the model on both sides,
+which takes longer than to convert it; what a conversion gets wrong (a norm, a scale, how a head is turned) is wrong at
+every token, and the more so far from the start."""
+_PIECE = 64
+"""Tokens whose log-probabilities are sent at a time."""
 _NOT_NEEDED = ("sklearn", "scipy", "triton")
 """Transformers and torch import them where they are, for what nothing here does: two seconds and 200 MiB."""
 
@@ -91,11 +97,17 @@ class Text:
     ids_with_special: list[int]
     """With bos and eos, as the tokenizer adds them."""
 
-    @property
-    def row(self) -> Row | None:
-        """All tokens but the first as an answer; None where there is no more than one."""
-        ids = tuple(self.ids)
-        return Row(self.text, (), "", ids[:1], ids[1:], "length") if len(ids) > 1 else None
+
+def compared(texts: Sequence[Text]) -> Row:
+    """What the logits are compared on: the ids of the longest texts, one after another as if they were one.
+
+    A single row needs no padding, and gets far from its start.
+    """
+    ids: list[int] = []
+    for text in sorted(texts, key=lambda text: -len(text.ids)):
+        if not ids or len(ids) + len(text.ids) <= _COMPARED_TOKENS:
+            ids += text.ids
+    return Row("compared", (), "", tuple(ids[:1]), tuple(ids[1:]), "length")
 
 
 # -- the half that asks ----------------------------------------------------------------------------------------------
@@ -136,9 +148,9 @@ class ConvertedBeside:
         self._group.stop()
         self._pool.shutdown()
 
-    def start(self, argv: Sequence[str]) -> None:
-        """The converter: its script and arguments."""
-        self._send(list(argv))
+    def start(self, argv: Sequence[str], *, weights: bool = True) -> None:
+        """The converter: its script and arguments. Without `weights` the checkpoint's are not read: no log-probs."""
+        self._send({"argv": list(argv), "weights": weights})
 
     def tokenizer(self) -> Tokenizer:
         """Comes while the converter is at work."""
@@ -154,13 +166,17 @@ class ConvertedBeside:
         self._send(list(without))
         return [Text(**text) for text in json.loads(self._receive())]
 
-    def logprobs(self) -> bytes:
-        """Of the next text that has a `row`: float32 [answer tokens, vocabulary]."""
-        return self._receive()
+    def logprobs(self, row: Row) -> "Iterator[npt.NDArray[np.float32]]":
+        """Of the row of `compared`, from its first answer token on, in pieces: [tokens of the piece, vocabulary]."""
+        import numpy as np
 
-    def _send(self, words: list[str]) -> None:
+        for start in range(0, len(row.answer_ids), _PIECE):
+            tokens = min(_PIECE, len(row.answer_ids) - start)
+            yield np.frombuffer(self._receive(), np.float32).reshape(tokens, -1)
+
+    def _send(self, message: object) -> None:
         try:
-            self._own.send_bytes(json.dumps(words).encode())
+            self._own.send_bytes(json.dumps(message).encode())
         except BrokenPipeError:
             self._receive()  # what was told before the end, or the end itself
 
@@ -189,16 +205,21 @@ def main() -> int:
     from toolchain.student import load  # noqa: F401 - before the fork, and the heavy libraries with it
 
     del os.environ["TQDM_DISABLE"]
-    argv = json.loads(connection.recv_bytes())
+    asked = json.loads(connection.recv_bytes())
     gc.freeze()  # a collection writes to every object, and what is written to is no longer shared
     child = os.fork()
     if child == 0:
         process.die_with_parent()
         connection.close()
-        _convert(argv)
-        return 0
+        _convert(asked["argv"])
+        # To take the interpreter apart is to write to all that is shared, and so to copy it.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
     try:
-        _answer(connection, model, child)
+        _answer(connection, model, child, weights=asked["weights"])
+        # Nobody waits for the libraries to clear up, and the memory is wanted.
+        os._exit(0)
     except ToolchainError as error:
         told = {"error": type(error).__name__, "message": error.message, "hint": error.hint}
         connection.send_bytes(json.dumps(told).encode())
@@ -224,7 +245,7 @@ def _wait_for(child: int, connection: Connection) -> None:
     connection.send_bytes(b"converted")
 
 
-def _answer(connection: Connection, model: Path, converter: int) -> None:
+def _answer(connection: Connection, model: Path, converter: int, *, weights: bool) -> None:
     import torch
 
     from toolchain.student import load
@@ -234,35 +255,29 @@ def _answer(connection: Connection, model: Path, converter: int) -> None:
     tokenizer = load.load_tokenizer(model)
     connection.send_bytes(json.dumps(asdict(_describe(tokenizer, model))).encode())
     Thread(target=_wait_for, args=(converter, connection), daemon=True).start()
-    texts = _texts(tokenizer)
-    running = load.load_layer_by_layer(model)
-    states = _states(running, [_read(tokenizer, text) for text in texts])
-    for token in json.loads(connection.recv_bytes()):
-        texts = [text.replace(token, "") for text in texts]
-    read = [_read(tokenizer, text) for text in texts]
-    states |= _states(running, [text for text in read if tuple(text.ids) not in states])
-    connection.send_bytes(json.dumps([asdict(text) for text in read]).encode())
-    head = load.head_of(running)
-    with torch.inference_mode():
-        for text in read:
-            if text.row is not None:
-                connection.send_bytes(head(states[tuple(text.ids)]).log_softmax(-1).numpy().data)
+    texts = [_read(tokenizer, text) for text in _texts(tokenizer)]
+    with ThreadPoolExecutor(1) as pool:
+        running = load.load_layer_by_layer(model) if weights else None
+        states = pool.submit(_states, running, texts) if weights else None
+        if without := json.loads(connection.recv_bytes()):
+            texts = [_read(tokenizer, _rid_of(without, text.text)) for text in texts]
+            states = pool.submit(_states, running, texts) if weights else None
+        connection.send_bytes(json.dumps([asdict(text) for text in texts]).encode())
+        if states is None:
+            return
+        with torch.inference_mode():
+            for piece in torch.split(states.result(), _PIECE):
+                connection.send_bytes(load.head_of(running)(piece).log_softmax(-1).numpy().data)
 
 
-def _states(model: Any, texts: Sequence[Text]) -> "dict[tuple[int, ...], torch.Tensor]":
-    """For the ids of each text, the hidden states [answer tokens, H] that predict its row's answer."""
+def _states(model: Any, texts: Sequence[Text]) -> "torch.Tensor":
+    """[tokens, H]: the hidden states that predict the answer of `compared`."""
     import torch
 
     from toolchain.student import load
 
-    found = {}
-    # Neighbours of much the same length, since all rows of a batch are as wide as its longest.
-    rows = sorted((row for text in texts if (row := text.row) is not None), key=lambda row: len(row.token_ids))
     with torch.inference_mode():
-        for batch in load.batches_in_order(rows, batch_tokens=_BATCH_TOKENS):
-            for row, states in zip(batch, load.answer_states(model, batch), strict=True):
-                found[row.token_ids] = states
-    return found
+        return next(load.answer_states(model, [compared(texts)]))
 
 
 def _describe(tokenizer: Any, model: Path) -> Tokenizer:
@@ -280,8 +295,11 @@ def _describe(tokenizer: Any, model: Path) -> Tokenizer:
 
 
 def _read(tokenizer: Any, text: str) -> Text:
-    ids, ids_with_special = (list(tokenizer(text, add_special_tokens=add)["input_ids"]) for add in (False, True))
-    return Text(text, ids, ids_with_special)
+    return Text(text, _ids(tokenizer, text), _ids(tokenizer, text, special=True))
+
+
+def _ids(tokenizer: Any, text: str, *, special: bool = False) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=special)["input_ids"])
 
 
 def _texts(tokenizer: Any) -> list[str]:
@@ -290,16 +308,22 @@ def _texts(tokenizer: Any) -> list[str]:
     return texts + (_chats(tokenizer) if tokenizer.chat_template else [])
 
 
+def _rid_of(words: Sequence[str], text: str) -> str:
+    for word in words:
+        text = text.replace(word, "")
+    return text
+
+
 def _chats(tokenizer: Any) -> list[str]:
     """Rendered chats, one of them with the tokenizer's special tokens written by the user."""
-    from jinja2 import TemplateError
+    from toolchain.student import load
 
     asked = [{"role": "user", "content": f"What does {''.join(tokenizer.all_special_tokens)} mean?"}]
     texts = []
     for chat in (*_CHATS, asked):
         try:
-            texts.append(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
-        except TemplateError:
+            texts.append(load.render(tokenizer, chat))
+        except ModelError:
             # A template refuses what it was not written for: a system message, as Gemma's does.
             if chat[0]["role"] != "system":
                 raise

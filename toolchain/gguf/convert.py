@@ -9,12 +9,14 @@ import math
 import re
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from toolchain.data.rows import Row
 from toolchain.disk import require_free
@@ -22,9 +24,9 @@ from toolchain.errors import ExternalToolError, GateError, ModelError
 from toolchain.evaluate.divergence import kl
 from toolchain.gguf import score
 from toolchain.gguf.card import metadata, model_card
-from toolchain.gguf.checkpoint import ConvertedBeside, Tokenizer
+from toolchain.gguf.checkpoint import ConvertedBeside, Text, Tokenizer, compared
 from toolchain.gguf.header import GgufFacts, read_facts
-from toolchain.gguf.llama_cpp import LlamaCpp, physical_cores
+from toolchain.gguf.llama_cpp import LlamaCpp
 from toolchain.recipe import Card
 from toolchain.reporter import Reporter, bar
 
@@ -37,8 +39,6 @@ CONVERT_ENV = {
 }
 """No network, and the same file each time."""
 _MARGIN_BYTES = 32 << 20
-_SIDE_BY_SIDE = 4
-"""Most texts that llama.cpp scores at the same time."""
 
 
 def run(
@@ -53,37 +53,11 @@ def run(
     require_free(out, _foretell(model), "the 16-bit GGUF", report=report)
     started = time.perf_counter()
     log = out / "logs" / "convert.log"
-    unknown = False
-    with bar(report, "converting to GGUF", total=100, unit="%") as task, tempfile.TemporaryDirectory() as folder:
-        done = 0
-
-        def on_line(line: str) -> None:
-            nonlocal done, unknown
-            unknown |= "BPE pre-tokenizer was not recognized" in line
-            written = re.match(r"Writing:\s+(\d+)%", line)
-            if written:
-                task.advance(int(written[1]) - done)
-                done = int(written[1])
-
-        with ConvertedBeside(model.resolve(), log=log, env=CONVERT_ENV, on_line=on_line) as beside:
-            named, facts_file = _label(model, card, name=name, version=version, folder=Path(folder))
-            beside.start(convert_argv(llama.converter, named, target, metadata=facts_file))
-            score.bindings(llama)  # loads it meanwhile
-            try:
-                tokenizer = beside.tokenizer()
-                beside.wait()
-            except ExternalToolError as error:
-                if not unknown:
-                    raise
-                raise ModelError(
-                    f"{model}: llama.cpp does not know how this tokenizer splits text: its tokenizer.json is not that "
-                    "of a published model",
-                    hint="take the tokenizer files of the student's own model; one that was trained or changed by hand "
-                    "cannot be converted",
-                ) from error
-            seconds = time.perf_counter() - started
-            facts = read_facts(target)
-            found = _compare(target, facts, tokenizer, beside, model=model, max_kl=max_kl, llama=llama, report=report)
+    with _converted(card, target, model=model, name=name, version=version, llama=llama, log=log, report=report) as made:
+        tokenizer, beside = made
+        seconds = time.perf_counter() - started
+        facts = read_facts(target)
+        found = _compare(target, facts, tokenizer, beside, model=model, max_kl=max_kl, llama=llama, report=report)
     return {
         "summary": f"{facts.file_bytes / 1e6:.1f} MB, {2 * found.texts} texts tokenized as in the checkpoint, "
         f"KL(checkpoint ‖ GGUF) {found.mean_kl:.1e}",
@@ -98,6 +72,72 @@ def run(
         "read_as_control": found.read_as_control,
         "mean_kl": found.mean_kl,
     }
+
+
+def rehearse(model: Path, *, llama: LlamaCpp, report: Reporter) -> int:
+    """Whether llama.cpp knows such a checkpoint and its tokenizer, by its GGUF without weights: the number of texts.
+
+    Takes seconds, and spares the training of what cannot be converted. Raises ModelError as `run` would.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / OUTPUT
+        with _converted(
+            Card(), target, model=model, name="student", version="0", llama=llama, log=Path(folder) / "log",
+            report=report, weights=False,
+        ) as (tokenizer, beside):  # fmt: skip
+            facts = read_facts(target, vocabulary_only=True)
+            _check_header(target, facts, tokenizer, model=model)
+            with score.open_vocabulary(target, llama=llama) as vocabulary:
+                return len(_check_tokens(target, vocabulary, tokenizer, beside, model=model, report=report)[0])
+
+
+@contextmanager
+def _converted(
+    card: Card,
+    target: Path,
+    *,
+    model: Path,
+    name: str,
+    version: str,
+    llama: LlamaCpp,
+    log: Path,
+    report: Reporter,
+    weights: bool = True,
+) -> Iterator[tuple[Tokenizer, ConvertedBeside]]:
+    """Convert `model` to `target`, labelled `name`; what its tokenizer says, and who is to be asked about it.
+
+    Without `weights` the GGUF has a vocabulary and no tensor. Raises ModelError.
+    """
+    unknown = False
+    with bar(report, "converting to GGUF", total=100, unit="%") as task, tempfile.TemporaryDirectory() as folder:
+        done = 0
+
+        def on_line(line: str) -> None:
+            nonlocal done, unknown
+            unknown |= "BPE pre-tokenizer was not recognized" in line
+            written = re.match(r"Writing:\s+(\d+)%", line)
+            if written:
+                task.advance(int(written[1]) - done)
+                done = int(written[1])
+
+        with ConvertedBeside(model.resolve(), log=log, env=CONVERT_ENV, on_line=on_line) as beside:
+            named, facts = _label(model, card, name=name, version=version, folder=Path(folder))
+            argv = convert_argv(llama.converter, named, target, metadata=facts)
+            beside.start(argv if weights else [*argv, "--vocab-only"], weights=weights)
+            score.bindings(llama)  # loads it meanwhile
+            try:
+                tokenizer = beside.tokenizer()
+                beside.wait()
+            except ExternalToolError as error:
+                if not unknown:
+                    raise
+                raise ModelError(
+                    f"{model}: llama.cpp does not know how this tokenizer splits text: its tokenizer.json is not that "
+                    "of a published model",
+                    hint="take the tokenizer files of the student's own model; one that was trained or changed by hand "
+                    "cannot be converted",
+                ) from error
+            yield tokenizer, beside
 
 
 def _label(model: Path, card: Card, *, name: str, version: str, folder: Path) -> tuple[Path, Path]:
@@ -182,33 +222,51 @@ def _compare(
     Raises ModelError naming both sides of a difference, GateError above `max_kl`.
     """
     _check_header(gguf, facts, tokenizer, model=model)
-    with score.open_model(gguf, llama=llama, check=True) as opened:
-        vocabulary = score.Vocabulary(score.bindings(llama), opened)
-        for token_id, name in tokenizer.ends:
-            if not vocabulary.ends_generation(token_id):
-                raise ModelError(
-                    f"{gguf.name}: generation_config.json ends an answer at token {token_id} ({name}), "
-                    "llama.cpp would go on",
-                    hint="set the tokenizer's eos_token to the token that ends a turn",
-                )
-        # Qwen's vocabulary has a plain token "</s>", which llama.cpp takes for a special one: so it does with every
-        # GGUF of Qwen, and it is of no weight where no text has it.
-        special = set(tokenizer.special_ids)
-        overridden = tuple(text for token_id, text in vocabulary.control_tokens().items() if token_id not in special)
-        if overridden:
-            report.line(f"llama.cpp reads {', '.join(overridden)} in a text as a special token")
-        texts = beside.texts(without=overridden)
-        for text in texts:
-            for add_special, expected in ((False, text.ids), (True, text.ids_with_special)):
-                found = vocabulary.encode(text.text, add_special=add_special)
-                if expected != found:
-                    raise ModelError(
-                        _difference(gguf, text.text, expected, found, add_special=add_special),
-                        hint=f"{model}: the tokenizer's files must be the model's own, all of them and of one release",
-                    )
-        rows = [row for text in texts if (row := text.row) is not None]
-        mean_kl = _check_logits(gguf, opened, vocabulary, rows, beside, max_kl=max_kl, llama=llama, report=report)
+    with score.open_vocabulary(gguf, llama=llama) as vocabulary:
+        texts, overridden = _check_tokens(gguf, vocabulary, tokenizer, beside, model=model, report=report)
+    row = compared(texts)
+    # All of them before the GGUF's weights are opened: their process is over then, and its memory free.
+    expected = list(beside.logprobs(row))
+    mean_kl = _check_logits(gguf, row, expected, max_kl=max_kl, llama=llama, report=report)
     return _Compared(len(texts), overridden, mean_kl)
+
+
+def _check_tokens(
+    gguf: Path,
+    vocabulary: score.Vocabulary,
+    tokenizer: Tokenizer,
+    beside: ConvertedBeside,
+    *,
+    model: Path,
+    report: Reporter,
+) -> tuple[list[Text], tuple[str, ...]]:
+    """Where answers end and the ids of every text, against the checkpoint's: the texts, and `read_as_control`.
+
+    Raises ModelError at the first difference.
+    """
+    for token_id, name in tokenizer.ends:
+        if not vocabulary.ends_generation(token_id):
+            raise ModelError(
+                f"{gguf.name}: generation_config.json ends an answer at token {token_id} ({name}), "
+                "llama.cpp would go on",
+                hint="set the tokenizer's eos_token to the token that ends a turn",
+            )
+    # Qwen's vocabulary has a plain token "</s>", which llama.cpp takes for a special one: so it does with every
+    # GGUF of Qwen, and it is of no weight where no text has it.
+    special = set(tokenizer.special_ids)
+    overridden = tuple(text for token_id, text in vocabulary.control_tokens().items() if token_id not in special)
+    if overridden:
+        report.line(f"llama.cpp reads {', '.join(overridden)} in a text as a special token")
+    texts = beside.texts(without=overridden)
+    for text in texts:
+        for add_special, expected in ((False, text.ids), (True, text.ids_with_special)):
+            found = vocabulary.encode(text.text, add_special=add_special)
+            if expected != found:
+                raise ModelError(
+                    _difference(gguf, text.text, expected, found, add_special=add_special),
+                    hint=f"{model}: the tokenizer's files must be the model's own, all of them and of one release",
+                )
+    return texts, overridden
 
 
 def _check_header(gguf: Path, facts: GgufFacts, tokenizer: Tokenizer, *, model: Path) -> None:
@@ -238,43 +296,46 @@ def _check_header(gguf: Path, facts: GgufFacts, tokenizer: Tokenizer, *, model: 
 
 def _check_logits(
     gguf: Path,
-    opened: Any,
-    vocabulary: score.Vocabulary,
-    rows: Sequence[Row],
-    beside: ConvertedBeside,
+    row: Row,
+    expected: Sequence[npt.NDArray[np.float32]],
     *,
     max_kl: float,
     llama: LlamaCpp,
     report: Reporter,
 ) -> float:
-    """Mean KL(checkpoint ‖ GGUF) in nats over the tokens of the texts, by Transformers in float32 and by llama.cpp.
+    """Mean KL(checkpoint ‖ GGUF) in nats over the tokens of `row`, by Transformers in float32 (`expected`, in pieces)
+    and by llama.cpp.
 
-    Raises GateError above `max_kl`, with the place where they are furthest apart.
+    Raises ModelError for a weight that is not finite, GateError above `max_kl`, with the place where they are furthest
+    apart.
     """
-    total = tokens = 0.0
-    furthest = -1.0
-    where = ""
-    with bar(report, "comparing checkpoint and GGUF", total=len(rows), unit="text") as task:
-        scored = score.logprobs_of(
-            opened, rows, gguf=gguf, llama=llama, side_by_side=min(physical_cores(), _SIDE_BY_SIDE)
-        )
-        for row, q in zip(rows, scored, strict=True):
-            p = np.frombuffer(beside.logprobs(), np.float32).reshape(len(row.answer_ids), -1)
+    tokens = len(row.answer_ids)
+    found = np.empty(tokens)
+    furthest, where = -1.0, ""
+    with (
+        bar(report, "comparing checkpoint and GGUF", total=tokens, unit="token") as task,
+        score.open_model(gguf, llama=llama, check=True) as opened,
+    ):
+        vocabulary = score.Vocabulary(score.bindings(llama), opened)
+        [scored] = score.logprobs_of(opened, [row], gguf=gguf, llama=llama)
+        done = 0
+        for p in expected:
+            q = scored[done : done + len(p)]
             # A head may have more rows than the GGUF's tokens, or fewer.
             ids = min(p.shape[1], q.shape[1])
-            found = kl(p[:, :ids], q[:, :ids])
-            total, tokens = total + float(found.sum()), tokens + len(found)
-            at = int(found.argmax())
-            if not found[at] <= furthest:
-                furthest = float(found[at])
-                before = vocabulary.decode(row.token_ids[: at + 1], special=True)
+            found[done : done + len(p)] = kl(p[:, :ids], q[:, :ids])
+            at = int(found[done : done + len(p)].argmax())
+            if not found[done + at] <= furthest:
+                furthest = float(found[done + at])
+                before = vocabulary.decode(row.token_ids[: done + at + 1], special=True)
                 first, second = (vocabulary.decode([int(s[at, :ids].argmax())], special=True) for s in (p, q))
-                where = f"after {_shorten(before)}: KL {furthest:.2g}, likeliest {first!r} there and {second!r} here"
-            task.advance()
-    mean = total / tokens
+                where = f"after …{before[-80:]!r}: KL {furthest:.2g}, likeliest {first!r} there and {second!r} here"
+            done += len(p)
+            task.advance(len(p))
+    mean = float(found.mean())
     if not mean <= max_kl:
         raise GateError(
-            f"{gguf.name} does not predict what the checkpoint predicts: mean KL {mean:.2e} over {int(tokens)} tokens, "
+            f"{gguf.name} does not predict what the checkpoint predicts: mean KL {mean:.2e} over {tokens} tokens, "
             f"convert.max_kl is {max_kl:.2e}\n  furthest {where}",
             hint="llama.cpp computes this architecture otherwise, or the conversion lost something: "
             "see the log of the stage",

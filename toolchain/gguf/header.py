@@ -99,14 +99,17 @@ class _Header:
     tensors: tuple[Tensor, ...]
 
 
-def read_facts(path: Path) -> GgufFacts:
-    """Facts of the GGUF at `path`. Raises ModelError when it is missing, is no GGUF or is cut short."""
+def read_facts(path: Path, *, vocabulary_only: bool = False) -> GgufFacts:
+    """Facts of the GGUF at `path`, which has weights or, if `vocabulary_only`, none.
+
+    Raises ModelError when it is missing, is no GGUF or is cut short.
+    """
     header = _read(path)
     value, tensors = header.values.get, header.tensors
     architecture = value(Keys.General.ARCHITECTURE)
     if not isinstance(architecture, str):
         raise ModelError(f"{path}: no {Keys.General.ARCHITECTURE} in it: not a language model's GGUF", hint=_OTHER)
-    if not tensors:
+    if not tensors and not vocabulary_only:
         raise ModelError(f"{path}: no tensors in it: a vocabulary only?", hint=_OTHER)
     parameters = sum(tensor.elements for tensor in tensors)
     tensor_bytes = sum(tensor.bytes for tensor in tensors)
@@ -129,7 +132,7 @@ def read_facts(path: Path) -> GgufFacts:
         parameters=parameters,
         tensor_bytes=tensor_bytes,
         file_bytes=path.stat().st_size,
-        bits_per_weight=tensor_bytes * 8 / parameters,
+        bits_per_weight=tensor_bytes * 8 / parameters if tensors else 0.0,
         tensor_types=dict(sorted(Counter(tensor.type for tensor in tensors).items())),
         context_length=value(Keys.LLM.CONTEXT_LENGTH.format(arch=architecture)),
         vocabulary_size=len(header.tokens),

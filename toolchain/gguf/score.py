@@ -6,13 +6,10 @@ The ctypes bindings come from the pinned build itself, so the structures they de
 import ctypes
 import os
 import sys
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from queue import SimpleQueue
 from types import ModuleType
 from typing import Any
 
@@ -55,13 +52,8 @@ def logprobs_of(
     gguf: Path,
     llama: LlamaCpp,
     threads: int | None = None,
-    side_by_side: int = 1,
 ) -> Iterator[npt.NDArray[np.float32]]:
-    """The same from a model of `open_model`; at least one row.
-
-    So many rows `side_by_side`, each on its share of the threads: threads of one llama_decode wait for each other
-    without letting go of their core, which costs much where rows are short or the cores are shared.
-    """
+    """The same from a model of `open_model`; at least one row."""
     for row in rows:
         if not row.prompt_ids:
             raise ModelError(f"row {row.id}: an empty prompt, so nothing predicts its first answer token")
@@ -73,34 +65,18 @@ def logprobs_of(
     params = lib.llama_context_default_params()
     params.n_ctx = max(len(row.token_ids) for row in rows)
     params.n_batch = params.n_ubatch = min(_BATCH, params.n_ctx)
-    params.n_threads = params.n_threads_batch = max(1, (threads or physical_cores()) // side_by_side)
+    params.n_threads = params.n_threads_batch = threads or physical_cores()
     params.no_perf = True
-    idle: SimpleQueue[tuple[Any, Any]] = SimpleQueue()
-
-    def scored(row: Row) -> npt.NDArray[np.float32]:
-        context, batch = idle.get()
-        try:
-            return _score(row, lib=lib, context=context, batch=batch, vocabulary=vocabulary, gguf=gguf)
-        finally:
-            idle.put((context, batch))
-
-    with ExitStack() as opened:
-        for _ in range(side_by_side):
-            context = lib.llama_init_from_model(model, params)
-            if not context:
-                raise ModelError(f"{gguf}: llama.cpp cannot open a context of {params.n_ctx} tokens")
-            opened.callback(lib.llama_free, context)
-            batch = lib.llama_batch_init(_BATCH, 0, 1)
-            opened.callback(lib.llama_batch_free, batch)
-            idle.put((context, batch))
-        pool = opened.enter_context(ThreadPoolExecutor(side_by_side))
-        waiting: deque[Future[npt.NDArray[np.float32]]] = deque()
+    context = lib.llama_init_from_model(model, params)
+    if not context:
+        raise ModelError(f"{gguf}: llama.cpp cannot open a context of {params.n_ctx} tokens")
+    batch = lib.llama_batch_init(_BATCH, 0, 1)
+    try:
         for row in rows:
-            waiting.append(pool.submit(scored, row))
-            if len(waiting) == side_by_side:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            yield _score(row, lib=lib, context=context, batch=batch, vocabulary=vocabulary, gguf=gguf)
+    finally:
+        lib.llama_batch_free(batch)
+        lib.llama_free(context)
 
 
 def _score(

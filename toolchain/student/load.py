@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -21,6 +22,7 @@ Tokenizer = Any
 Model = Any
 
 _CHUNK = 512
+_STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 # --- Artifacts that are a folder, or point to one.
@@ -104,6 +106,17 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         ) from error
 
 
+def render(tokenizer: Tokenizer, conversation: Sequence[Mapping[str, str]]) -> str:
+    """A conversation by the tokenizer's chat template, up to where the model's answer begins. Raises ModelError."""
+    try:
+        return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
+    except (TemplateError, ValueError, TypeError) as error:
+        raise ModelError(
+            f"{tokenizer.name_or_path}: the chat template cannot be rendered: {error}",
+            hint="take the one that the model came with",
+        ) from error
+
+
 def load_model(
     folder: Path, *, dtype: torch.dtype, device: torch.device | str, load_in_4bit: bool = False
 ) -> tuple[Model, Tokenizer]:
@@ -141,31 +154,25 @@ def _refuse_random(info: Mapping[str, Any], folder: Path, *, tensors: int) -> No
 
 
 def load_layer_by_layer(folder: Path) -> Model:
-    """A checkpoint on the processor in float32, whose layers are read from their files whenever they are used.
+    """A checkpoint on the processor in float32, whose weights are read from their files whenever they are used.
 
-    Holds embeddings and head, and one layer at a time: a model of any size can be run in little memory, best on few and
-    large batches. Raises ModelError.
+    Holds one matrix at a time: a model of any size can be run in little memory, best on few and large batches. Raises
+    ModelError.
     """
     expected = tensors_of(folder)
+    stored = {tensor.dtype for tensor in expected.values()}
+    # Transformers looks at every weight once. As it is stored, one costs no page of its file for that.
+    dtype = _STORED[stored.pop()] if len(stored) == 1 and stored <= _STORED.keys() else torch.float32
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(config)
-        places: dict[str, str] = {}
-        for name, module in empty.named_children():
-            parts = dict(module.named_children()) if name == empty.base_model_prefix else {}
-            places |= {} if parts else {name: "cpu"}
-            for part, inner in parts.items():
-                layers = range(len(inner)) if isinstance(inner, nn.ModuleList) else ()
-                places |= {f"{name}.{part}.{at}": "disk" for at in layers} or {f"{name}.{part}": "cpu"}
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True,
-            local_files_only=True, device_map=places, output_loading_info=True,
+            folder, dtype=dtype, attn_implementation="sdpa", use_safetensors=True,
+            local_files_only=True, device_map={"": "disk"}, output_loading_info=True,
         )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"{folder}: the model cannot be loaded: {error}") from error
     _refuse_random(info, folder, tensors=len(expected))
-    return model.eval()
+    # None is there yet; this is what they are read into.
+    return model.float().eval()
 
 
 def _four_bits(dtype: torch.dtype, device: torch.device | str) -> dict[str, Any]:
@@ -282,7 +289,9 @@ def answer_states(model: Model, rows: Sequence[Row]) -> Iterator[torch.Tensor]:
     the fast kernels apply.
     """
     batch = pad_rows(rows, pad_id=0)
-    hidden = backbone(model)(input_ids=batch.input_ids.to(model.device), use_cache=False).last_hidden_state
+    # Weights that are read when they are used are nowhere until then.
+    device = "cpu" if model.device.type == "meta" else model.device
+    hidden = backbone(model)(input_ids=batch.input_ids.to(device), use_cache=False).last_hidden_state
     for at in range(len(rows)):
         yield hidden[at][batch.answers[at].to(hidden.device)]
 

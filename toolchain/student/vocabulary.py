@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jinja2 import TemplateError
 
 from toolchain.errors import ArtifactError, ModelError
 from toolchain.student import checkpoint_files, load
@@ -198,7 +197,8 @@ class _Tokens:
                 hint="model and tokenizer are not of one release",
             )
         template = template_digest(tokenizer)
-        return cls(tokenizer, by_id, added, Side(len(by_id), rows), template, _render(folder, tokenizer))
+        rendered = load.render(tokenizer, _CONVERSATION) if tokenizer.chat_template else None
+        return cls(tokenizer, by_id, added, Side(len(by_id), rows), template, rendered)
 
     @property
     def end(self) -> int:
@@ -214,17 +214,6 @@ def _rows(folder: Path, *, tokens: int) -> int:
     if not isinstance(rows, int):
         raise ModelError(f"{folder}/config.json: no vocab_size")
     return rows
-
-
-def _render(folder: Path, tokenizer: Any) -> str | None:
-    if not tokenizer.chat_template:
-        return None
-    try:
-        return str(tokenizer.apply_chat_template(_CONVERSATION, tokenize=False, add_generation_prompt=True))
-    except (TemplateError, ValueError, TypeError) as error:
-        raise ModelError(
-            f"{folder}: the chat template cannot be rendered: {error}", hint="take the one that the model came with"
-        ) from error
 
 
 def _unlike_ids(teacher: _Tokens, student: _Tokens, common: int) -> Iterable[str]:
