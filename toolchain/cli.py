@@ -482,7 +482,7 @@ def runtime_build(target: str, twice: bool, quiet: bool) -> None:
             found = rebuild.differing(built, target, report=terminal)
             if found:
                 raise ArtifactError(f"{len(found)} files differ when it is built again: {', '.join(found)}")
-            terminal.line("built again elsewhere: the same bytes in every file")
+            terminal.say("built again elsewhere: the same bytes in every file")
     click.echo(built.root)
 
 
