@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from toolchain.artifact import CHECKPOINT, open_artifact
+from toolchain.artifact import CHECKPOINT, LOGS, open_artifact
 from toolchain.errors import ArtifactError, HostError, RecipeError
 from toolchain.evaluate.gates import GateLimits, check_gates
 from toolchain.recipe import (
@@ -257,7 +257,6 @@ def _student(settings: StudentSettings, inputs: Inputs, out: Path, report: Repor
 
 def _rehearsed(student: Path, report: Reporter) -> Metrics:
     """What the rehearsal says, in a process of its own: torch is in this one."""
-    from toolchain.artifact import LOGS
     from toolchain.gguf import llama_cpp
     from toolchain.student.load import resolve
     from toolchain.worker import run_in_worker

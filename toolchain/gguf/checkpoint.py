@@ -2,7 +2,7 @@
 
 A process of its own says it, while the converter is at work. Both need the same heavy libraries, so it imports them
 once and forks: the converter is its child, on the same pages. llama.cpp is in neither, but in the process that asks.
-What is said goes through a pipe, text by text, and nobody holds the log-probabilities of more than one.
+What is said goes through a pipe. With the last of it this process is over, so that llama.cpp has its memory.
 """
 
 import gc
@@ -256,28 +256,30 @@ def _answer(connection: Connection, model: Path, converter: int, *, weights: boo
     connection.send_bytes(json.dumps(asdict(_describe(tokenizer, model))).encode())
     Thread(target=_wait_for, args=(converter, connection), daemon=True).start()
     texts = [_read(tokenizer, text) for text in _texts(tokenizer)]
-    with ThreadPoolExecutor(1) as pool:
-        running = load.load_layer_by_layer(model) if weights else None
-        states = pool.submit(_states, running, texts) if weights else None
-        if without := json.loads(connection.recv_bytes()):
-            texts = [_read(tokenizer, _rid_of(without, text.text)) for text in texts]
-            states = pool.submit(_states, running, texts) if weights else None
-        connection.send_bytes(json.dumps([asdict(text) for text in texts]).encode())
-        if states is None:
-            return
+    row = compared(texts)
+    running = load.load_layer_by_layer(model) if weights else None
+    states = None if running is None else _states(running, row)
+    if without := json.loads(connection.recv_bytes()):
+        texts = [_read(tokenizer, _rid_of(without, text.text)) for text in texts]
+        # The shorter texts are not in it, and most often only they had such a word.
+        if running is not None and compared(texts) != row:
+            states = _states(running, compared(texts))
+    connection.send_bytes(json.dumps([asdict(text) for text in texts]).encode())
+    if states is not None:
+        head = load.head_of(running)
         with torch.inference_mode():
-            for piece in torch.split(states.result(), _PIECE):
-                connection.send_bytes(load.head_of(running)(piece).log_softmax(-1).numpy().data)
+            for piece in torch.split(states, _PIECE):
+                connection.send_bytes(head(piece).log_softmax(-1).numpy().data)
 
 
-def _states(model: Any, texts: Sequence[Text]) -> "torch.Tensor":
-    """[tokens, H]: the hidden states that predict the answer of `compared`."""
+def _states(model: Any, row: Row) -> "torch.Tensor":
+    """[tokens, H]: the hidden states that predict the answer of `row`."""
     import torch
 
     from toolchain.student import load
 
     with torch.inference_mode():
-        return next(load.answer_states(model, [compared(texts)]))
+        return next(load.answer_states(model, [row]))
 
 
 def _describe(tokenizer: Any, model: Path) -> Tokenizer:

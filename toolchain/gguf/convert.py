@@ -323,10 +323,11 @@ def _check_logits(
             q = scored[done : done + len(p)]
             # A head may have more rows than the GGUF's tokens, or fewer.
             ids = min(p.shape[1], q.shape[1])
-            found[done : done + len(p)] = kl(p[:, :ids], q[:, :ids])
-            at = int(found[done : done + len(p)].argmax())
-            if not found[done + at] <= furthest:
-                furthest = float(found[done + at])
+            here = kl(p[:, :ids], q[:, :ids])
+            found[done : done + len(p)] = here
+            at = int(here.argmax())
+            if not here[at] <= furthest:
+                furthest = float(here[at])
                 before = vocabulary.decode(row.token_ids[: done + at + 1], special=True)
                 first, second = (vocabulary.decode([int(s[at, :ids].argmax())], special=True) for s in (p, q))
                 where = f"after …{before[-80:]!r}: KL {furthest:.2g}, likeliest {first!r} there and {second!r} here"
