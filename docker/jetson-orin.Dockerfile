@@ -2,7 +2,7 @@
 # cache on the host, where `toolchain run --target jetson-orin` finds it. On an arm64 host, or under qemu (hours).
 #
 #   docker build -f docker/jetson-orin.Dockerfile --platform linux/arm64 --output type=local,dest="$HOME/.cache/toolchain/llama.cpp" .
-ARG BASE=nvcr.io/nvidia/l4t-jetpack:r36.4.0
+ARG BASE=nvcr.io/nvidia/l4t-jetpack:r36.4.0@sha256:34ccf0f3b63c6da9eee45f2e79de9bf7fdf3beda9abfd72bbf285ae9d40bb673
 
 FROM ${BASE} AS build
 ARG PYTHON=python3.11

@@ -2,10 +2,11 @@
 # The system below a bundle, in the folder ROOT: Debian's C library, Python and its standard library, and nothing that could
 # install more; about 60 MB. Needs apt-get and dpkg-deb, runs none of what it unpacks, so ARCH may be another machine's.
 #
-#   minimal-base.sh amd64|arm64 ROOT
+#   minimal-base.sh amd64|arm64 ROOT [PACKAGE…]
 set -eu
 umask 022
 arch=$1 root=$2
+shift 2
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$work/lists/partial" "$work/archives/partial" "$root"
@@ -17,7 +18,7 @@ apt() {
     -o Debug::NoLocking=true "$@"
 }
 apt update
-apt --download-only --yes install python3-minimal libpython3-stdlib > /dev/null
+apt --download-only --yes install python3-minimal libpython3-stdlib "$@" > /dev/null
 # As Debian has it since 12: /bin and its like are links.
 for name in bin sbin lib lib64; do
   mkdir -p "$root/usr/$name"

@@ -271,17 +271,34 @@ def pack(bundle: Path, form: str, out: Path, base: Path | None, force: bool, qui
 
 
 @cli.command()
-@click.option("--arch", type=click.Choice(["x86_64", "aarch64"]), required=True, help="The device's processor.")
+@click.option("--arch", type=click.Choice(["x86_64", "aarch64"]), help="The device's processor.")
+@click.option(
+    "--target", "target", metavar="T", help="The device, in place of its processor: for CUDA's libraries too."
+)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The file to write.")
 @click.option("--force", is_flag=True, help="Replace a file that is there.")
 @quiet_option
-def base(arch: str, out: Path, force: bool, quiet: bool) -> None:
-    """Make a base for `pack --form image` of Debian's packages: glibc and Python, 60 MB, no registry, no engine."""
+def base(arch: str | None, target: str | None, out: Path, force: bool, quiet: bool) -> None:
+    """Make a base for `pack --form image` of Debian's packages: glibc and Python, 60 MB, no registry, no engine.
+
+    For a Jetson with JetPack 7 (--target jetson-orin-jp7) NVIDIA's libraries are in it as well, 690 MB.
+    """
     from toolchain.bundle import minimal_base
+    from toolchain.target import read_target
     from toolchain.terminal import Terminal
 
+    if (arch is None) == (target is None):
+        raise click.UsageError("give --arch or --target, one of them")
+    profile = read_target(target) if target is not None else None
     with Terminal(quiet=quiet) as terminal:
-        digest = minimal_base.make(out, arch=arch, report=terminal, force=force)["digest"]
+        made = minimal_base.make(
+            out,
+            arch=profile.arch if profile else str(arch),
+            libraries=profile.runtime.device_libraries if profile else (),
+            report=terminal,
+            force=force,
+        )
+        digest = made["digest"]
     click.echo(f"sha256:{digest}")
 
 

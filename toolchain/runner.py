@@ -166,11 +166,12 @@ class Pipeline:
             base: Path | None = getattr(bundle.base, target.arch)
             if base is None:
                 key = f"bundle.base.{target.arch}"
+                what = f"--target {target.name}" if target.runtime.device_libraries else f"--arch {target.arch}"
                 raise RecipeError(
                     f"{key} is missing, and the image for {target.name} stands on it",
-                    hint=f"toolchain base --arch {target.arch} --out base.tar, then {key} = 'base.tar'",
+                    hint=f"toolchain base {what} --out base.tar, then {key} = 'base.tar'",
                 )
-            forms.check_base(base, target.arch)
+            forms.check_base(base, target)
 
     def _refuse_failed_gates(self, step: Step) -> None:
         if step.stage.name != "bundle":

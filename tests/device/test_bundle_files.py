@@ -292,6 +292,8 @@ def test_the_parts_list_is_valid_cyclonedx_and_has_every_program_with_its_digest
     )
     manifest = files.open_bundle(folder).manifest
     listed = {part["name"]: part["hashes"][0]["content"] for part in parts["llama.cpp"]["components"]}
+    patches = [patch["diff"]["text"]["content"] for patch in parts["llama.cpp"]["pedigree"]["patches"]]
+    assert patches == [path.read_text(encoding="utf-8") for path in llama_cpp.patches()]
     programs = [path for path in manifest["files"] if path.startswith("runtime/bin/")]
     assert {path: manifest["files"][path]["sha256"] for path in programs} == listed
     assert parts["tiny"]["hashes"][0]["content"] == manifest["model"]["sha256"]

@@ -16,11 +16,12 @@ import pytest
 
 from tests.device import bundles, tiny_chat
 from tests.device.bundles import every_byte, toolchain
-from toolchain.bundle import image
+from toolchain.bundle import forms, image
 from toolchain.bundle.base_image import GZIP_LAYER
 from toolchain.device import files
 from toolchain.errors import ArtifactError, HostError
 from toolchain.reporter import Silent
+from toolchain.target import read_target
 
 pytestmark = pytest.mark.device
 LOADER = {
@@ -302,6 +303,19 @@ def test_a_base_on_which_it_could_not_run_is_refused(
     assert says in done.stderr
     assert "hint: " in done.stderr
     assert not list(tmp_path.glob("*image.tar*"))
+
+
+def test_a_base_must_have_the_libraries_that_a_device_has_of_its_own(tmp_path: Path) -> None:
+    target = read_target("x86-cpu")
+    wanted = ("libcudart.so.13", "libcublas.so.13")
+    target = target.model_copy(update={"runtime": target.runtime.model_copy(update={"device_libraries": wanted})})
+    plain = layers_for()
+    with pytest.raises(HostError, match=r"no libcublas\.so\.13, libcudart\.so\.13 in it") as caught:
+        forms.check_base(saved(tmp_path / "plain.tar", plain), target)
+    assert "toolchain base --target" in str(caught.value.hint)
+    folder = "usr/local/cuda-13.0/lib64"
+    whole = [*plain, tar_of(*(f"{folder}/{name}" for name in wanted))]
+    forms.check_base(saved(tmp_path / "whole.tar", whole), target)
 
 
 def _not_there(path: Path) -> Path:

@@ -1,5 +1,12 @@
-"""Tiny checkpoints as GGUF: shared by the tests of this folder."""
+"""Tiny checkpoints as GGUF, converted and served: shared by the tests of this folder."""
 
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,3 +44,26 @@ def to_matrix(gguf: Path, rows: Path, tokenizer: Path, llama: LlamaCpp, out: Pat
     settings = Imatrix(context=64)
     imatrix.run(settings, gguf=gguf, rows=rows, tokenizer=tokenizer, llama=llama, out=out, report=Silent())
     return out / imatrix.OUTPUT
+
+
+@contextmanager
+def serving(llama: LlamaCpp, gguf: Path, *options: str) -> Iterator[str]:
+    """The address of a llama-server's API, up to /v1, once it is ready."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    argv = [str(llama.program("llama-server")), "-m", str(gguf), "--port", str(port), "-t", "1", "--jinja", *options]
+    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
+        try:
+            end_s = time.monotonic() + 60
+            while True:
+                try:
+                    with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                        break
+                except (urllib.error.URLError, OSError):
+                    assert child.poll() is None, "llama-server ended"
+                    assert time.monotonic() < end_s, "llama-server is not ready"
+                    time.sleep(0.05)
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            child.kill()

@@ -4,12 +4,8 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +17,7 @@ pytest.importorskip("torch")
 import torch
 
 from tests.lines import Lines
-from tests.stages.gguf_files import to_gguf
+from tests.stages.gguf_files import serving, to_gguf
 from tests.tiny import make_tiny_checkpoint
 from toolchain import errors
 from toolchain.data.answers import Answered, read_answers
@@ -414,25 +410,8 @@ def test_long_prompts_are_read_in_parts_beside_answers_that_go_on(
 
 @pytest.fixture(scope="module")
 def server(gguf: Path, llama: LlamaCpp) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    argv = [str(llama.program("llama-server")), "-m", str(gguf), "--port", str(port), "-c", "1024", "-np", "2"]
-    argv += ["-t", "1", "--jinja", "--api-key", "sk-test", "--alias", "tiny"]
-    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
-        try:
-            end_s = time.monotonic() + 60
-            while True:
-                try:
-                    with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                        break
-                except (urllib.error.URLError, OSError):
-                    assert child.poll() is None, "llama-server ended"
-                    assert time.monotonic() < end_s, "llama-server is not ready"
-                    time.sleep(0.05)
-            yield f"http://127.0.0.1:{port}/v1"
-        finally:
-            child.kill()
+    with serving(llama, gguf, "-c", "1024", "-np", "2", "--api-key", "sk-test", "--alias", "tiny") as url:
+        yield url
 
 
 def _is_within(text: str, whole: str) -> bool:

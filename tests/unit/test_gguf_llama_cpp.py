@@ -79,6 +79,9 @@ def small_source(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -
         "commit": "0123abc",
     }
     monkeypatch.setattr(llama_cpp, "versions", lambda: {"llama_cpp": pin})
+    patches = tmp_path / "patches"
+    patches.mkdir()
+    monkeypatch.setattr(llama_cpp, "_PATCHES", patches)
     return archive
 
 
@@ -127,6 +130,50 @@ def test_other_options_are_another_build(small_source: Path) -> None:
     two = llama_cpp.build({"GGML_NATIVE": True}, report=Silent())
     assert one.key != two.key
     assert llama_cpp.find({}) == one
+
+
+PATCH = """\
+What it is for.
+
+--- a/main.c
++++ b/main.c
+@@ -1,3 +1,3 @@
+ #include <stdio.h>
+ const char *where(void);
+-int main(void) { printf("%s\\n", where()); return 0; }
++int main(void) { printf("patched\\n"); return 0; }
+"""
+
+
+@needs_compiler
+def test_a_patch_is_built_in_and_makes_another_build(small_source: Path, tmp_path: Path) -> None:
+    options = {"CMAKE_BUILD_RPATH_USE_ORIGIN": True}
+    plain = llama_cpp.build(options, report=Silent())
+    (tmp_path / "patches" / "0001-main.patch").write_text(PATCH)
+    with pytest.raises(errors.HostError, match="not built with these options"):
+        llama_cpp.find(options)
+    patched = llama_cpp.build(options, report=Silent())
+    said = [subprocess.check_output([build.program("llama-server")], text=True) for build in (plain, patched)]
+    assert said[0].endswith("lib.c\n")
+    assert said[1] == "patched\n"
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "text",
+    [PATCH.replace(" const char", " const  char"), PATCH.replace("main.c", "other.c"), PATCH[:60], ""],
+    ids=["another source", "no such file", "cut", "empty"],
+)
+def test_a_patch_that_does_not_fit_is_named_and_nothing_is_built(
+    small_source: Path, tmp_path: Path, cache: Path, text: str
+) -> None:
+    here = Path.cwd()
+    (tmp_path / "patches" / "0001-main.patch").write_text(text)
+    with pytest.raises(errors.HostError, match=r"0001-main\.patch does not fit .* llama-cpp-python 9") as caught:
+        llama_cpp.build({}, report=Silent())
+    assert "versions.toml" in (caught.value.hint or "")
+    assert Path.cwd() == here
+    assert not list(cache.glob("llama.cpp/*/build.json"))
 
 
 @needs_compiler

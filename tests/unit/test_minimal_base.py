@@ -7,7 +7,9 @@ import pytest
 
 from toolchain.bundle import minimal_base
 from toolchain.errors import ExternalToolError, HostError
+from toolchain.gguf import cuda_toolkit
 from toolchain.reporter import Silent
+from toolchain.target import read_target
 
 
 def test_a_machine_that_is_not_debian_is_told_what_to_give_instead(
@@ -31,3 +33,26 @@ def test_packages_that_cannot_be_had_leave_nothing(monkeypatch: pytest.MonkeyPat
         minimal_base.make(tmp_path / "base.tar", arch="aarch64", report=Silent())
     assert "apt-get update" in str(caught.value.hint)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arch", "libraries"),
+    [
+        ("aarch64", ("libcudart.so.12", "libcublas.so.12")),
+        ("x86_64", ("libcudart.so.13",)),
+        ("aarch64", ("libnpu.so",)),
+    ],
+)
+def test_libraries_that_cannot_be_had_are_named_with_where_they_are(
+    arch: str, libraries: tuple[str, ...], tmp_path: Path
+) -> None:
+    with pytest.raises(HostError, match=libraries[0]) as caught:
+        minimal_base.make(tmp_path / "base.tar", arch=arch, libraries=libraries, report=Silent())
+    assert "docker save" in str(caught.value.hint)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_jetson_with_cuda_13_gets_what_its_profile_says_that_it_has() -> None:
+    wanted = read_target("jetson-orin-jp7").runtime.device_libraries
+    assert wanted
+    assert cuda_toolkit.device_libraries() > set(wanted)

@@ -10,7 +10,7 @@ import posixpath
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,15 +113,17 @@ class BaseImage:
             while block := file.read(_BLOCK_BYTES):
                 write(block)
 
-    def check_contents(self, arch: str) -> None:
-        """It has the C library and the Python that a bundle needs. Raises HostError."""
+    def check_contents(self, arch: str, libraries: Sequence[str]) -> None:
+        """It has the C library and the Python that a bundle needs, and the device's own libraries. Raises HostError."""
         python = -1
         loader = False
+        missing = set(libraries)
         for layer in self.layers:
             for name in self._names(layer):
                 found = _PYTHON.fullmatch(name)
                 python = max(python, int(found[1])) if found else python
                 loader = loader or posixpath.basename(name) == _LOADERS[arch]
+                missing.discard(posixpath.basename(name))
         if not loader:
             hint = "musl will not do (Alpine); debian:bookworm-slim with the package python3 does"
             raise HostError(f"{self.path}: no glibc for {arch} in it", hint=hint)
@@ -130,6 +132,11 @@ class BaseImage:
             raise HostError(
                 f"{self.path}: {has} in it, edgectl needs 3.{_PYTHON_NEEDED} or newer",
                 hint="apt-get install python3; python3-minimal is not enough",
+            )
+        if missing:
+            raise HostError(
+                f"{self.path}: no {', '.join(sorted(missing))} in it, which the bundle's programs need",
+                hint="for CUDA 13: toolchain base --target jetson-orin-jp7; or NVIDIA's image, with python3 in it",
             )
 
     def _names(self, layer: BaseLayer) -> Iterator[str]:

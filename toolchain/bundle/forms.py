@@ -7,12 +7,13 @@ from typing import Any
 from toolchain.bundle import archive, image
 from toolchain.bundle.base_image import open_base
 from toolchain.reporter import Reporter
+from toolchain.target import TargetProfile
 
 
-def check_base(base: Path, arch: str) -> None:
-    """Images for `arch` can stand on `base`. Raises HostError."""
-    with open_base(base, image.platform(arch)) as found:
-        found.check_contents(arch)
+def check_base(base: Path, target: TargetProfile) -> None:
+    """Images for `target` can stand on `base`. Raises HostError."""
+    with open_base(base, image.platform(target.arch)) as found:
+        found.check_contents(target.arch, target.runtime.device_libraries)
 
 
 def run(forms: Sequence[str], *, bundle: Path, base: Path | None, out: Path, report: Reporter) -> dict[str, Any]:

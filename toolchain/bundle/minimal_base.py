@@ -1,10 +1,13 @@
-"""A base for images of bundles, from Debian's packages: glibc and Python, no shell, no package manager, no registry."""
+"""A base for images of bundles, from Debian's packages: glibc and Python, no shell, no package manager, no registry.
+
+For a GPU with CUDA 13 on aarch64, NVIDIA's libraries from its wheels are in it as well.
+"""
 
 import os
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +16,31 @@ from toolchain.bundle import archive, image
 from toolchain.bundle.base_image import PLAIN_LAYER
 from toolchain.disk import require_free
 from toolchain.errors import HostError
+from toolchain.gguf import cuda_toolkit, llama_cpp
 from toolchain.reporter import Reporter
 from toolchain.resources import resource
 
 NAME = "toolchain-base"
 _BYTES = 70 << 20
+_CUDA_BYTES = 670 << 20
+_CUDA_ENV = ["NVIDIA_VISIBLE_DEVICES=all", "NVIDIA_DRIVER_CAPABILITIES=compute,utility"]
+"""What the container toolkit goes by, which puts the driver's own libraries into a container."""
 _DEBIAN = {"x86_64": "amd64", "aarch64": "arm64"}
 
 
-def make(out: Path, *, arch: str, report: Reporter, force: bool = False) -> dict[str, Any]:
+def make(
+    out: Path, *, arch: str, report: Reporter, libraries: Sequence[str] = (), force: bool = False
+) -> dict[str, Any]:
     """Write the base for `arch` to the file `out`, as `docker load` and `toolchain pack` read it; digest and bytes.
 
-    Raises HostError where Debian's tools or room are missing, ExternalToolError when packages cannot be had.
+    `libraries` are what a target's programs want of their device. Raises HostError where Debian's tools or room are
+    missing and for libraries that cannot be had so, ExternalToolError when packages or wheels cannot be had.
     """
+    if libraries and (arch != "aarch64" or not cuda_toolkit.device_libraries().issuperset(libraries)):
+        raise HostError(
+            f"no base with {', '.join(libraries)} for {arch} can be made here",
+            hint="docker save an image of NVIDIA's that has them; docker/versions.toml names one for each Jetson",
+        )
     for program in ("apt-get", "dpkg-deb"):
         if shutil.which(program) is None:
             raise HostError(
@@ -35,24 +50,43 @@ def make(out: Path, *, arch: str, report: Reporter, force: bool = False) -> dict
     platform = image.platform(arch)
     with tempfile.TemporaryDirectory(prefix="toolchain-base-") as folder:
         root = Path(folder, "root")
-        require_free(root.parent, 2 * _BYTES, "the base's packages")
+        size_guess = _BYTES + (_CUDA_BYTES if libraries else 0)
+        require_free(root.parent, _BYTES + size_guess, "the base's packages")
         log = Path(folder, "log")
         argv = ["sh", str(resource("docker/minimal-base.sh")), _DEBIAN[arch], str(root)]
+        argv += ["libstdc++6"] if libraries else []  # of libcudart
         process.run(argv, log=log, hint="Debian's package servers must be reachable, see apt-get update")
         packages = sorted(path.name for path in (root / "var/lib/dpkg/status.d").iterdir())
-        with archive.finished(out, root, _BYTES, force=force) as file:
+        if libraries:
+            _add_cuda(root, report)
+        with archive.finished(out, root, size_guess, force=force) as file:
             layout = image.Layout(file)
             layer = layout.blob(lambda write: _write_tree(root, write), PLAIN_LAYER)
             config = {
                 "created": image.CREATED,
                 **platform,
-                "config": {"Env": ["PATH=/usr/sbin:/usr/bin"], "User": image.USER, "WorkingDir": "/"},
+                "config": {
+                    "Env": ["PATH=/usr/sbin:/usr/bin", *(_CUDA_ENV if libraries else ())],
+                    "User": image.USER,
+                    "WorkingDir": "/",
+                },
                 "rootfs": {"type": "layers", "diff_ids": [f"sha256:{layer.diff_id}"]},
                 "history": [{"created": image.CREATED, "created_by": "toolchain base"}],
             }
             digest, size = image.finish(layout, [layer], config, platform, name=f"{NAME}:{arch}", annotations={})
     report.line(f"{out}: {size / 2**20:.1f} MiB, {len(packages)} packages of Debian, sha256:{digest[:12]}…")
     return {"digest": digest, "bytes": size, "packages": packages}
+
+
+def _add_cuda(root: Path, report: Reporter) -> None:
+    """NVIDIA's libraries where the loader looks for them, and their licences where Debian's packages have theirs."""
+    folder = cuda_toolkit.device_folder(llama_cpp.cache_folder(), report=report)
+    for path in sorted((folder / "lib").iterdir()):
+        shutil.copyfile(path, root / "usr/lib/aarch64-linux-gnu" / path.name)
+    for path in sorted((folder / "licences").iterdir()):
+        place = root / "usr/share/doc" / path.name
+        place.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, place / "copyright")
 
 
 class _Sink:

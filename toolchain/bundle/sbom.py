@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from toolchain import __version__
+from toolchain.gguf import llama_cpp
 from toolchain.resources import versions
 
 SPEC_VERSION = "1.6"
@@ -55,6 +56,12 @@ def render(
         "version": runtime["llama_cpp_commit"],
         "purl": f"pkg:github/ggml-org/llama.cpp@{runtime['llama_cpp_commit']}",
         "licenses": _licences("MIT"),
+        "pedigree": {
+            "patches": [
+                {"type": "unofficial", "diff": {"text": {"content": path.read_text(encoding="utf-8")}}}
+                for path in llama_cpp.patches()
+            ]
+        },
         "externalReferences": [
             {
                 "type": "source-distribution",

@@ -1,7 +1,8 @@
-"""A CUDA toolkit for building aarch64 programs on an x86-64 host, from NVIDIA's wheels: no docker, no root, no GPU.
+"""From NVIDIA's wheels, without docker, root or a GPU: a CUDA toolkit for building aarch64 programs on an x86-64 host,
+and the libraries that those programs need on the device.
 
-nvcc and its parts run on this host; headers and libraries are the device's. The folder is laid out as nvcc and CMake's
-FindCUDAToolkit look for it.
+nvcc and its parts run on this host; headers and libraries are the device's. The toolkit's folder is laid out as nvcc
+and CMake's FindCUDAToolkit look for it.
 """
 
 import fnmatch
@@ -59,23 +60,58 @@ def make(cache: Path, *, report: Reporter) -> Path:
     home = cache / "cuda"
 
     def fill(out: Path) -> None:
-        for wheel in _pins():
-            report.line(f"fetching {wheel['name']} {wheel['version']}, {wheel['platform']}")
-            fetched = pinned.from_index(
-                *(wheel["name"], wheel["version"], wheel["sha256"], out.parent / wheel["name"]),
-                options=["--only-binary=:all:", "--platform", wheel["platform"]],
-                log=home / "pip.log",
-                hint="a package index must be reachable",
-            )
-            _unpack(fetched, out, wheel.get("only", ["*"]))
+        _fill(out, _pins(), log=home / "pip.log", report=report)
         _lay_out(out)
 
     return pinned.once(home, _pins(), fill, what="the CUDA toolkit", needed=_FREE_BYTES, report=report)
 
 
+def device_libraries() -> frozenset[str]:
+    """Names of the libraries that `device_folder` has."""
+    return frozenset(Path(name).name for wheel in _device_pins() for name in wheel["only"])
+
+
+def device_folder(cache: Path, *, report: Reporter) -> Path:
+    """A folder with lib/, what programs for CUDA 13 need on an aarch64 device, and licences/.
+
+    540 MB to fetch, 690 MB to keep. Raises HostError without room, ExternalToolError when a wheel cannot be had.
+    """
+    home = cache / "cuda-device"
+
+    def fill(out: Path) -> None:
+        _fill(out, _device_pins(), log=home / "pip.log", report=report)
+        (out / "licences").mkdir()
+        for wheel in _device_pins():
+            (path,) = (out.parent / wheel["name"]).glob("*.whl")
+            with zipfile.ZipFile(path) as archive:
+                (text,) = (name for name in archive.namelist() if name.endswith("/licenses/License.txt"))
+                (out / "licences" / wheel["name"]).write_bytes(archive.read(text))
+
+    what = "CUDA's libraries for the device"
+    return pinned.once(home, _device_pins(), fill, what=what, needed=_FREE_BYTES, report=report)
+
+
 def _pins() -> list[dict[str, Any]]:
     pins: list[dict[str, Any]] = versions()["cuda_cross"]["wheels"]
     return pins
+
+
+def _device_pins() -> list[dict[str, Any]]:
+    pins: list[dict[str, Any]] = versions()["cuda_device"]["wheels"]
+    return pins
+
+
+def _fill(out: Path, pins: list[dict[str, Any]], *, log: Path, report: Reporter) -> None:
+    """What is wanted of each wheel, below `out`; wheels lie beside it until all is done."""
+    for wheel in pins:
+        report.line(f"fetching {wheel['name']} {wheel['version']}, {wheel['platform']}")
+        fetched = pinned.from_index(
+            *(wheel["name"], wheel["version"], wheel["sha256"], out.parent / wheel["name"]),
+            options=["--only-binary=:all:", "--platform", wheel["platform"]],
+            log=log,
+            hint="a package index must be reachable",
+        )
+        _unpack(fetched, out, wheel.get("only", ["*"]))
 
 
 def _unpack(wheel: Path, out: Path, only: list[str]) -> None:

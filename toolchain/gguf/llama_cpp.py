@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from toolchain import process
+from toolchain.artifact import digest_file
 from toolchain.disk import require_free
 from toolchain.errors import ExternalToolError, HostError
 from toolchain.gguf import cuda_toolkit, pinned, sysroot
@@ -44,6 +45,9 @@ C_LIBRARY_VARIANTS = ("__memcpy_*", "__memmove_*", "__memset_*")
 BROKEN = ("libggml-cpu-sapphirerapids.so",)
 """Libraries that no build keeps: this one is chosen wherever AMX is, and ends there by SIGILL, since the compiler drops
 the tile configuration that it makes on the stack (llama.cpp's pull request 26954). The next best one is as fast."""
+
+_PATCHES = Path(__file__).with_name("patches")
+"""Unified diffs of llama.cpp's own folder, with what each one is for: docs/decisions/0015-patches.md."""
 
 _LAYOUT = 1
 """Raise when the content of an installed build changes, so that older ones are built again."""
@@ -141,6 +145,11 @@ def archive_path() -> Path:
     """Where the pinned source distribution lies in the cache, once it is fetched."""
     pin = versions()["llama_cpp"]
     return cache_folder() / "downloads" / f"{pin['package'].replace('-', '_')}-{pin['version']}.tar.gz"
+
+
+def patches() -> list[Path]:
+    """What is changed in the pinned source, in the order in which it is applied."""
+    return sorted(_PATCHES.glob("*.patch"))
 
 
 def fetch(*, report: Reporter | None = None) -> Path:
@@ -377,7 +386,9 @@ def _request(cmake: Mapping[str, str | bool]) -> dict[str, Any]:
         "layout": _LAYOUT,
         "source_sha256": versions()["llama_cpp"]["sha256"],
         "flags": sorted(flags_of(cmake)),
+        "patches": {path.name: digest_file(path) for path in patches()},
         "targets": list(TARGETS),
+        "left_out": list(BROKEN),
         "arch": str(cmake.get("CMAKE_SYSTEM_PROCESSOR") or platform.machine()),
     }
 
@@ -403,15 +414,31 @@ def _open(folder: Path) -> LlamaCpp:
 
 
 def _unpack(archive: Path, out: Path) -> Path:
-    """The archive's one top folder, unpacked below `out` unless a complete copy is there."""
+    """The archive's one top folder, unpacked and patched below `out` unless a complete copy is there."""
     if not out.is_dir():
         draft = out.with_name(out.name + ".tmp")
         shutil.rmtree(draft, ignore_errors=True)
         with tarfile.open(archive) as tar:
             tar.extractall(draft, filter="data")
+        (top,) = draft.iterdir()
+        for path in patches():
+            _apply(path, top / "vendor" / "llama.cpp")
         draft.rename(out)
     (top,) = out.iterdir()
     return top
+
+
+def _apply(path: Path, source: Path) -> None:
+    """Raises HostError when a patch does not fit the source to the letter."""
+    import patch_ng
+
+    patch = patch_ng.fromfile(str(path))
+    if not patch or patch.errors or not patch.apply(strip=1, root=str(source)):
+        pin = versions()["llama_cpp"]
+        raise HostError(
+            f"{path.name} does not fit the source of {pin['package']} {pin['version']}",
+            hint=f"make it anew for the source that docker/versions.toml pins, or remove it: {path}",
+        )
 
 
 def _strip(binaries: Path, cmake: Mapping[str, str | bool]) -> None:

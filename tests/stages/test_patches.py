@@ -1,0 +1,87 @@
+"""What is changed in the pinned llama.cpp, seen in its source and in what its programs do."""
+
+import json
+import re
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+from tests.stages.gguf_files import serving, to_gguf
+from tests.tiny import make_tiny_checkpoint
+from toolchain.gguf import convert, llama_cpp
+from toolchain.gguf.llama_cpp import LlamaCpp
+
+pytestmark = [pytest.mark.stages, pytest.mark.llama_cpp]
+
+PLAIN_WORD_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {"works": {"type": "boolean"}},
+    "required": ["works"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    top = llama_cpp._unpack(llama_cpp.fetch(), tmp_path_factory.mktemp("patched") / "sdist")
+    return top / "vendor" / "llama.cpp"
+
+
+def test_the_patches_leave_nothing_beside_what_they_change(source: Path) -> None:
+    changed = {line.split("/", 1)[1] for path in llama_cpp.patches() for line in _added_to(path)}
+    assert len(changed) >= 3
+    assert all((source / name).is_file() for name in changed)
+    assert not [path for path in source.rglob("*") if path.suffix in (".orig", ".rej")]
+
+
+def _added_to(path: Path) -> list[str]:
+    return re.findall(r"^\+\+\+ (b/\S+)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+
+
+def test_every_text_that_tokens_are_compared_with_begins_as_the_patch_says(source: Path) -> None:
+    text = (source / "src" / "llama-vocab.cpp").read_text(encoding="utf-8")
+    head = 'if (strchr("<[_\\xe2", t.first[0]) == nullptr) {'
+    assert text.count(head) == 3
+    compared = 0
+    for part in text.split(head)[1:]:
+        loop = part[: part.index("\n        }\n")]
+        texts = re.findall(r't\.first == "([^"]+)"', loop)
+        assert all(word.encode()[:1] in (b"<", b"[", b"_", b"\xe2") for word in texts)
+        # Nothing else is asked of a token's text; what else stands there is a log's.
+        assert loop.count("t.first") == len(texts) + loop.count("t.first.c_str()")
+        compared += len(texts)
+    assert compared > 60
+
+
+@pytest.mark.parametrize("prefix", [True, False], ids=["a space before every text", "none"])
+def test_a_schema_works_where_the_answer_begins_with_a_plain_word(
+    prefix: bool, llama: LlamaCpp, tmp_path: Path
+) -> None:
+    model = make_tiny_checkpoint(tmp_path / "model", hidden=256, vocabulary=520, prefix=prefix)
+    (model / "chat_template.jinja").write_text(PLAIN_WORD_TEMPLATE)
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(config | {"add_prefix_space": prefix}))
+    to_gguf(model, tmp_path, llama)
+    form = {"type": "json_schema", "json_schema": {"name": "works", "schema": SCHEMA, "strict": True}}
+    # The weights are random: without a line break there is little but the schema to say.
+    body = {
+        "messages": [{"role": "user", "content": "Does this work?"}],
+        "response_format": form,
+        "temperature": 0,
+        "max_tokens": 40,
+    }
+    with serving(llama, tmp_path / convert.OUTPUT, "-c", "512") as url:
+        request = urllib.request.Request(
+            f"{url}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as response:
+            answer = json.loads(response.read())["choices"][0]["message"]["content"]
+    assert re.match(r'\{\s*("works|$)', answer), answer
