@@ -4,6 +4,7 @@ What a container cannot see from inside is asked of the host in one line with it
 TOOLCHAIN_GPU is "required" in the train image; "optional" lets it run on a processor.
 """
 
+import argparse
 import contextlib
 import ctypes
 import os
@@ -15,12 +16,14 @@ DRIVER_NEEDED = 580
 """Major version of the driver that CUDA 13, which torch is built with, asks for."""
 SHARED_MEMORY_NEEDED = 512 << 20
 """Docker gives 64 MiB; NCCL and torch's workers pass tensors through it."""
+READS = ("doctor", "plan", "quadlet", "schema", "verify")
+"""Verbs that write nothing."""
 
 
-def problems() -> list[tuple[str, str]]:
+def problems(arguments: list[str]) -> list[tuple[str, str]]:
     """What will not do, each with its remedy."""
     found = []
-    work = Path.cwd()
+    work = work_folder(arguments)
     if not os.access(work, os.W_OK):
         user = f"{os.getuid()}:{os.getgid()}"
         found.append(
@@ -36,7 +39,22 @@ def problems() -> list[tuple[str, str]]:
             mib = (size.f_blocks * size.f_frsize) >> 20
             needed = SHARED_MEMORY_NEEDED >> 20
             found.append((f"shared memory, /dev/shm, has {mib} MiB, {needed} are needed", "docker run --shm-size 2g"))
+        home = os.environ.get("HOME", "/")
+        if os.statvfs(home).f_flag & os.ST_NOEXEC:
+            remedy = f"docker run --tmpfs {home}:exec"
+            found.append((f"{home} is mounted noexec, and Triton loads its kernels from there", remedy))
     return found
+
+
+def work_folder(arguments: list[str]) -> Path:
+    """What is there of the folder that will be written to: --work, else the one it was started in."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--work", default=".")
+    try:
+        folder = Path(parser.parse_known_args(arguments)[0].work).absolute()
+    except argparse.ArgumentError:  # --work without a folder: the verb will say so
+        folder = Path.cwd()
+    return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def gpu_problems() -> list[tuple[str, str]]:
@@ -76,9 +94,9 @@ def driver_problems(version: str) -> list[tuple[str, str]]:
 
 def main() -> None:
     arguments = sys.argv[1:]
-    # Help and a check of the machine must work anywhere.
-    asks_only = not arguments or arguments[0] in ("doctor", "schema") or {"--help", "--version"} & set(arguments)
-    found = [] if asks_only else problems()
+    # Help and what only reads must work anywhere.
+    asks_only = not arguments or arguments[0] in READS or {"-h", "--help", "--version"} & set(arguments)
+    found = [] if asks_only else problems(arguments)
     for problem, remedy in found:
         print(f"error: {problem}", file=sys.stderr)
         print(f"hint: {remedy}", file=sys.stderr)

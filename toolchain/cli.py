@@ -561,6 +561,12 @@ def main() -> None:
         # The reader of our output has gone (`| head`): nothing to say, and nobody to say it to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        # A path that cannot be read, written or even named: what is wrong is with it, whichever line met it first.
+        if error.filename is None:
+            raise
+        click.echo(f"error: {os.fsdecode(error.filename)}: {error.strerror}", err=True)
+        sys.exit(1)
 
 
 def _interrupted() -> NoReturn:

@@ -144,7 +144,20 @@ def test_the_generator_refuses_a_key_that_it_does_not_know(generator: Path, bund
 
 
 def test_what_is_no_reference_of_an_image_is_refused(bundle: Path) -> None:
-    for reference in ("", "two words", "line\nbreak"):
+    for reference in ("", "two words", "line\nbreak", "--privileged"):
         done = bundles.toolchain("quadlet", str(bundle), "--image", reference)
         assert done.returncode != 0
         assert "is no image" in done.stderr
+
+
+def test_what_was_changed_is_not_believed(bundle: Path) -> None:
+    presets = bundle / "presets.json"
+    presets.write_text(presets.read_text().replace("120.0", "999.0"))
+    done = bundles.toolchain("quadlet", str(bundle), "--image", REFERENCE)
+    assert done.returncode == 1
+    assert "presets.json: changed: SHA-256 differs" in done.stderr
+    presets.write_text("[]")
+    bundles.reseal(bundle)
+    done = bundles.toolchain("quadlet", str(bundle), "--image", REFERENCE)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: presets.json does not say how the server is started")

@@ -68,7 +68,7 @@ def run(
     docker: Engine, tag: str, work: Path, *arguments: str, options: tuple[str, ...] = ()
 ) -> "subprocess.CompletedProcess[str]":
     """As the README has it, and confined: read-only, not as root, without a network."""
-    confined = ["--read-only", "--tmpfs", "/tmp", "--network", "none", "--cap-drop", "ALL"]
+    confined = ["--read-only", "--tmpfs", "/tmp:exec", "--network", "none", "--cap-drop", "ALL"]
     confined += ["--security-opt", "no-new-privileges", "--shm-size", "1g", "--volume", f"{work}:/work"]
     return docker.run("run", "--rm", *confined, *options, tag, *arguments, timeout_s=1500)
 
@@ -102,6 +102,17 @@ def test_a_train_image_without_a_gpu_says_how_to_give_it_one(docker: Engine, tra
         "hint: docker run --gpus all (needs the NVIDIA container toolkit on the host); "
         "for a processor alone, slow: -e TOOLCHAIN_GPU=optional",
     ]
+
+
+def test_what_only_reads_needs_no_folder_to_write_to(docker: Engine, toolchain: str, tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    for arguments in (["-h"], ["run", "-h"], ["plan", "recipe.toml"], ["verify", "bundle"]):
+        ran = run(docker, toolchain, tmp_path, *arguments)
+        assert "cannot be written" not in ran.stderr
+        assert ran.returncode == (0 if arguments[-1] == "-h" else 1)
+    ran = run(docker, toolchain, tmp_path, "run", "recipe.toml", "--work", "/opt/new/work")
+    assert ran.returncode == 3
+    assert "error: /opt cannot be written by user 65532:65532" in ran.stderr
 
 
 def test_a_work_folder_that_cannot_be_written_and_little_shared_memory_are_told(

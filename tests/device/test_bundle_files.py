@@ -15,7 +15,7 @@ from tests.device import bundles, tiny_chat
 from tests.device.bundles import Make, edgectl, every_byte, target
 from toolchain.bundle import build
 from toolchain.bundle.manifest import BundleManifest
-from toolchain.device import files, serve
+from toolchain.device import files, serve, verify
 from toolchain.errors import ArtifactError, DataError, HostError, ModelError
 from toolchain.gguf import llama_cpp
 from toolchain.gguf.llama_cpp import LlamaCpp
@@ -277,6 +277,37 @@ def test_what_only_the_device_can_tell_is_marked_with_the_command_that_tells(mak
     marked = files.open_bundle(make()).manifest["on_device"]
     assert marked["tokens_per_second"] == {"measured": False, "command": "./edgectl bench"}
     assert all(entry["measured"] is False for entry in marked.values())
+
+
+def test_a_name_that_nobody_vouches_for_forges_no_line(make: Make) -> None:
+    folder = make()
+    (folder / "x\nok    everything").write_text("")
+    (folder / os.fsdecode(b"\xff")).write_text("")
+    assert files.problems(files.open_bundle(folder)) == [
+        "'x\\nok    everything': extra: not in the manifest",
+        "'\\udcff': extra: not in the manifest",
+    ]
+
+
+def test_a_context_that_does_not_fit_into_memory_is_found_and_a_changed_file_first(make: Make) -> None:
+    folder = make()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["model"]["cache_bytes"] = 1 << 42
+    bundles.reseal(folder, manifest)
+    record = verify.run(folder, lambda line: None, required=None)
+    failed = {item["name"]: item["detail"] for item in record["checks"] if not item["ok"]}
+    assert set(failed) == {"memory"}
+    assert "are needed for the model, its context and the server" in failed["memory"]
+    (folder / "presets.json").write_text("{}")
+    record = verify.run(folder, lambda line: None, required=None)
+    assert [item["name"] for item in record["checks"]] == ["signature", "files"]
+
+
+def test_a_path_that_cannot_be_named_is_an_error_of_one_line(make: Make) -> None:
+    for verb in (["verify", "x" * 300], ["pack", "x" * 300, "--form", "archive", "--out", "y"]):
+        done = bundles.toolchain(*verb)
+        assert done.returncode == 1
+        assert done.stderr == f"error: {'x' * 300}: File name too long\n"
 
 
 def test_the_parts_list_is_valid_cyclonedx_and_has_every_program_with_its_digest(make: Make) -> None:

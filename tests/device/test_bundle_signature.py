@@ -153,6 +153,27 @@ def test_a_signature_made_for_another_purpose_does_not_count(bundle: Path, key: 
     assert "wrong signature" in detail
 
 
+@pytest.mark.parametrize(
+    ("before_key", "says"),
+    [
+        ('valid-before="20200101" ', "key has expired"),
+        ('namespaces="git" ', "not permitted for use in signature namespace"),
+        ("none-of-it ", "unknown key option"),
+    ],
+)
+def test_a_key_that_does_not_count_is_told_from_a_strangers(
+    bundle: Path, key: Path, before_key: str, says: str, tmp_path: Path
+) -> None:
+    seal.sign(bundle, key=key)
+    names = tmp_path / "names"
+    names.write_text(f"{SIGNER} {before_key}{key.with_suffix('.pub').read_text()}")
+    for options in ([], ["--signer", SIGNER]):
+        ok, detail = verdict(bundle, "--allowed-signers", str(names), *options)
+        assert not ok
+        assert f"({names}:1: " in detail
+        assert says in detail
+
+
 def test_without_ssh_keygen_a_required_signature_fails_and_another_is_said_to_be_unchecked(
     bundle: Path, key: Path, allowed: Path, tmp_path: Path
 ) -> None:
@@ -165,7 +186,7 @@ def test_without_ssh_keygen_a_required_signature_fails_and_another_is_said_to_be
 
 
 def test_a_signer_without_a_file_and_a_file_that_is_not_there_are_refused(bundle: Path, tmp_path: Path) -> None:
-    for options in (["--signer", SIGNER], ["--allowed-signers", str(tmp_path / "none")]):
+    for options in (["--signer", SIGNER], ["--allowed-signers", str(tmp_path / "none")], ["--allowed-signers", "/"]):
         done = edgectl(bundle, "verify", *options)
         assert done.returncode == 2
         assert done.stderr.startswith("error: --")

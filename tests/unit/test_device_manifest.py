@@ -16,11 +16,18 @@ _FILE = {"sha256": "0" * 64, "bytes": 1, "mode": "0644"}
 def manifest(**changed: Any) -> dict[str, Any]:
     return {
         "schema_version": files.SCHEMA_VERSION,
+        "bundle_id": "sha256:" + "0" * 64,
         "name": "tiny",
         "version": "1.0",
-        "target": {"name": "x86-cpu"},
-        "model": {"file": "model/tiny.gguf"},
-        "runtime": {"folder": "runtime/bin"},
+        "target": {"name": "x86-cpu", "arch": "x86_64"},
+        "model": {"file": "model/tiny.gguf", "bytes": 1, "cache_bytes": 1, "context": 64, "parallel": 1},
+        "runtime": {
+            "folder": "runtime/bin",
+            "backend": "CPU",
+            "glibc_needed": "2.30",
+            "segment_alignment": 4096,
+            "device_libraries": [],
+        },
         "files": {"model/tiny.gguf": _FILE, "edgectl": {**_FILE, "mode": "0755"}},
         **changed,
     }
@@ -81,9 +88,14 @@ def test_a_file_may_not_lie_inside_of_another_file() -> None:
         ({"files": {}}, "lists no files"),
         ({"files": ["edgectl"]}, "lists no files"),
         ({"name": "../up"}, "calls its bundle '../up-1.0-x86-cpu'"),
-        ({"target": None}, "does not say what it is"),
-        ({"model": {"file": "model/other.gguf"}}, "not among its files"),
-        ({"runtime": {"folder": "/usr/bin"}}, "has its programs in '/usr/bin'"),
+        ({"target": None}, "has no target"),
+        ({"bundle_id": None}, "has no bundle_id that is a text"),
+        ({"model": manifest()["model"] | {"file": "model/other.gguf"}}, "not among its files"),
+        ({"model": manifest()["model"] | {"file": {}}}, r"has no model\.file that is a text"),
+        ({"model": manifest()["model"] | {"cache_bytes": 1e9}}, r"has no model\.cache_bytes that is a whole number"),
+        ({"runtime": manifest()["runtime"] | {"folder": "/usr/bin"}}, "has its programs in '/usr/bin'"),
+        ({"runtime": manifest()["runtime"] | {"segment_alignment": "4k"}}, r"no runtime\.segment_alignment that is"),
+        ({"runtime": manifest()["runtime"] | {"device_libraries": [1]}}, "that is a list of texts"),
     ],
 )
 def test_what_else_is_wrong_with_a_manifest_is_named(changed: dict[str, Any], says: str) -> None:
@@ -93,7 +105,16 @@ def test_what_else_is_wrong_with_a_manifest_is_named(changed: dict[str, Any], sa
 
 
 @pytest.mark.parametrize(
-    "facts", [{"mode": "4755"}, {"mode": 0o755}, {"bytes": -1}, {"bytes": True}, {"sha256": "0" * 63}, {"more": 1}]
+    "facts",
+    [
+        {"mode": "4755"},
+        {"mode": 0o755},
+        {"bytes": -1},
+        {"bytes": 2**100},
+        {"bytes": True},
+        {"sha256": "0" * 63},
+        {"more": 1},
+    ],
 )
 def test_facts_of_a_file_are_of_one_form(facts: dict[str, Any]) -> None:
     with pytest.raises(DeviceError):

@@ -22,7 +22,8 @@ from toolchain.target import read_target, targets
 
 DEVICE = Path(toolchain.device.__file__).parent
 _MIB = 1 << 20
-_MODEL_BYTES = 768 * _MIB
+_MODEL_BYTES = 768 * _MIB  # with the cache
+_CACHE_BYTES = 100 * _MIB
 _WANTED_MIB = 1024
 """Of memory, for the model above and its server."""
 _SMALL_FILES = {"sha256": "0" * 64, "bytes": 8 * _MIB, "mode": "0644"}
@@ -204,7 +205,7 @@ def make(tmp_path: Path) -> Make:
         server.write_text("#!/bin/sh\necho 'Available devices:'\necho '  CUDA0: Orin (7607 MiB, 6000 MiB free)'\n")
         server.chmod(0o755)
         presets = {
-            "server": {"threads": profile.server.threads},
+            "server": {"threads": profile.server.threads, "argv": ["llama-server"], "ready_timeout_s": 60},
             "devices": {"argv": ["{bundle}/runtime/bin/llama-server", "--list-devices"]},
         }
         (root / "presets.json").write_text(json.dumps(presets))
@@ -223,7 +224,13 @@ def make(tmp_path: Path) -> Make:
                 "segment_alignment": 65536,
                 **runtime,
             },
-            "model": {"file": "model/tiny.gguf", "bytes": _MODEL_BYTES},
+            "model": {
+                "file": "model/tiny.gguf",
+                "bytes": _MODEL_BYTES - _CACHE_BYTES,
+                "cache_bytes": _CACHE_BYTES,
+                "context": 64,
+                "parallel": 1,
+            },
             "files": {"model/tiny.gguf": {**_SMALL_FILES, "bytes": _MODEL_BYTES}, "presets.json": _SMALL_FILES},
         }
         return files.Bundle(root, manifest, "0" * 64)
@@ -254,7 +261,7 @@ def test_a_pi_in_good_order(make: Make, pi5: Machine) -> None:
         "asimd, atomics, asimdrdm, crc32, asimddp, fphp, asimdhp: all that the programs need"
     )
     assert found["memory now"].detail == (
-        f"6000 MiB available, {_WANTED_MIB} MiB are needed for the model and its server"
+        f"6000 MiB available, {_WANTED_MIB} MiB are needed for the model, its context and the server"
     )
     assert found["memory limit"].detail == found["cpu quota"].detail == "the control group sets none"
     assert found["swap"].detail == "0 of 2048 MiB used"
@@ -391,7 +398,7 @@ def test_memory_that_others_use_is_not_there(make: Make, pi5: Machine) -> None:
     found = looked(make("rpi5"), pi5)
     assert level_and_detail(found["memory now"]) == (
         "fail",
-        f"1000 MiB available, {_WANTED_MIB} MiB are needed for the model and its server",
+        f"1000 MiB available, {_WANTED_MIB} MiB are needed for the model, its context and the server",
     )
     assert level_and_detail(found["swap"]) == ("warn", "300 of 2048 MiB used")
     assert found["memory now"].remedy is not None

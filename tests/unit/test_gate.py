@@ -16,7 +16,11 @@ BUNDLE = "sha256:" + "a" * 64
 
 
 def bundle(tmp_path: Path, **budgets: Any) -> files.Bundle:
-    (tmp_path / "presets.json").write_text(json.dumps({"budgets": Budgets(**budgets).model_dump(exclude_none=True)}))
+    (tmp_path / "presets.json").write_text(
+        json.dumps(
+            {"server": {"argv": [], "ready_timeout_s": 1}, "budgets": Budgets(**budgets).model_dump(exclude_none=True)}
+        )
+    )
     manifest = {"bundle_id": BUNDLE, "target": {"name": "board"}}
     return files.Bundle(tmp_path, manifest, "0" * 64)
 

@@ -13,14 +13,15 @@ def text(folder: Path, *, reference: str) -> str:
 
     Raises ArtifactError when the bundle is not as built, RecipeError for a reference that is none.
     """
-    if not reference or any(letter.isspace() or letter in "\"'\\%$" for letter in reference):
+    if not reference or reference[0] == "-" or any(letter.isspace() or letter in "\"'\\%$" for letter in reference):
         raise RecipeError(f"--image {reference!r} is no image", hint="for example localhost/my-model-x86-cpu:1.0")
-    bundle = seal.open_whole(folder, read=False)
+    bundle = seal.open_whole(folder, read=True)
     manifest = bundle.manifest
     repository, _ = image.reference(bundle)
     secret = f"{repository}-key"
     user, group = image.USER.split(":")
-    start_s = float(bundle.presets()["server"]["ready_timeout_s"])
+    with seal.as_ours():
+        start_s = float(bundle.presets()["server"]["ready_timeout_s"])
     lines = [
         f"# {repository}.container: into /etc/containers/systemd/, or ~/.config/containers/systemd/ for a user. Once:",
         f"#   podman secret create {secret} FILE-WITH-THE-KEY",

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from . import cgroup, cores, files, meter, probe, serve, verify
+from . import cgroup, cores, meter, probe, serve, verify
 from .errors import DeviceError
 from .facts import FactError
 from .files import Bundle
@@ -267,10 +267,6 @@ def _throttled(reasons: list[str]) -> Verdict:
 # Memory, disk, clock
 
 
-def _wanted_bytes(bundle: Bundle) -> int:
-    return int(bundle.manifest["model"]["bytes"]) + files.SERVER_BYTES
-
-
 def _meminfo(system: System, key: str) -> int:
     match = re.search(rf"^{key}:\s+(\d+) kB$", system.read("/proc/meminfo") or "", re.MULTILINE)
     if match is None:
@@ -279,20 +275,20 @@ def _meminfo(system: System, key: str) -> int:
 
 
 def _memory_now(bundle: Bundle, system: System) -> Verdict:
-    available, wanted = _meminfo(system, "MemAvailable"), _wanted_bytes(bundle)
-    detail = f"{available >> 20} MiB available, {wanted >> 20} MiB are needed for the model and its server"
+    available, wanted = _meminfo(system, "MemAvailable"), bundle.wanted_bytes
+    detail = f"{available >> 20} MiB available, {wanted >> 20} MiB are needed for the model, its context and the server"
     if available < wanted:
         return "fail", detail, "stop other programs, a server of this model that runs already among them"
     return "ok", detail, None
 
 
 def _memory_limit(bundle: Bundle, system: System) -> Verdict:
-    group, wanted = cgroup.memory(system), _wanted_bytes(bundle)
+    group, wanted = cgroup.memory(system), bundle.wanted_bytes
     if group is None:
         return "ok", "the control group sets none", None
     detail = f"the control group has {max(0, group.room_bytes) >> 20} of {group.limit_bytes >> 20} MiB left"
     if group.room_bytes < wanted:
-        more = f", {wanted >> 20} MiB are needed for the model and its server"
+        more = f", {wanted >> 20} MiB are needed for the model, its context and the server"
         return "fail", detail + more, "raise it: docker --memory, systemd MemoryMax="
     return "ok", detail, None
 

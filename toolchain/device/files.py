@@ -43,7 +43,7 @@ __all__ = [
 GOLDEN = "eval/golden.json"
 ANSWERS = "eval/answers.json"
 SERVER_BYTES = 256 << 20
-"""Compute buffers, libraries and a short context of a small model, beside its weights."""
+"""Compute buffers and libraries, beside the weights and the context's keys and values."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,11 @@ class Bundle:
     def programs(self) -> Path:
         """The folder of llama-server, llama-bench and their libraries."""
         return self.root / str(self.manifest["runtime"]["folder"])
+
+    @property
+    def wanted_bytes(self) -> int:
+        """Memory for the model, its whole context and the server."""
+        return int(self.manifest["model"]["bytes"]) + int(self.manifest["model"]["cache_bytes"]) + SERVER_BYTES
 
     def presets(self) -> dict[str, Any]:
         """How the server is started. Raises DeviceError."""
@@ -132,10 +137,10 @@ def problems(bundle: Bundle, *, read: bool = True) -> list[str]:
     if bundle_id(bundle.manifest) != bundle.id:
         found.append(f"{MANIFEST}: changed: its content does not give the id it states")
     present, links = _walk(bundle.root)
-    found += [f"{path}: is a link or special file; a bundle has plain files only" for path in links]
+    found += [f"{_shown(path)}: is a link or special file; a bundle has plain files only" for path in links]
     found += [f"{path}: missing" for path in sorted(set(expected) - present - set(links))]
     known = {*expected, MANIFEST, SUMS, SIGNATURE}
-    found += [f"{path}: extra: not in the manifest" for path in sorted(present - known)]
+    found += [f"{_shown(path)}: extra: not in the manifest" for path in sorted(present - known)]
     for path in sorted(present & set(expected)):
         problem = _problem(bundle.root / path, expected[path], read=read)
         if problem is not None:
@@ -145,6 +150,11 @@ def problems(bundle: Bundle, *, read: bool = True) -> list[str]:
     elif (bundle.root / SUMS).read_bytes() != sums_text(bundle.manifest, bundle.manifest_sha256).encode():
         found.append(f"{SUMS}: changed: it does not list what the manifest lists")
     return found
+
+
+def _shown(path: str) -> str:
+    """A name that the manifest does not vouch for, on one line and in letters that can be printed."""
+    return path if path.isprintable() else ascii(path)
 
 
 def _problem(file: Path, facts: dict[str, Any], *, read: bool) -> str | None:

@@ -20,6 +20,21 @@ JSON_LIMIT_BYTES = 64 << 20
 """No manifest is longer: a device's memory is not for what claims to be one."""
 MODES = ("0644", "0755")
 AGAIN = "copy the bundle again"
+_MOST_BYTES = 1 << 50
+_TEXT, _NUMBER, _LIST = "a text", "a whole number", "a list of texts"
+_FACTS = {
+    "": {"bundle_id": _TEXT, "name": _TEXT, "version": _TEXT},
+    "target": {"name": _TEXT, "arch": _TEXT},
+    "runtime": {
+        "folder": _TEXT,
+        "backend": _TEXT,
+        "glibc_needed": _TEXT,
+        "segment_alignment": _NUMBER,
+        "device_libraries": _LIST,
+    },
+    "model": {"file": _TEXT, "bytes": _NUMBER, "cache_bytes": _NUMBER, "context": _NUMBER, "parallel": _NUMBER},
+}
+"""What is read on the device, and of which kind it must be."""
 _HEX = frozenset("0123456789abcdef")
 _FIRST = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_")
 _REST = _FIRST | frozenset(".+-")
@@ -35,9 +50,14 @@ def read_manifest(root: str) -> tuple[dict[str, Any], bytes]:
 def read_presets(root: str) -> dict[str, Any]:
     """How the programs are started. Raises DeviceError."""
     presets = read_json(f"{root}/{PRESETS}")
-    if not isinstance(presets, dict):
-        raise DeviceError(f"{PRESETS} is not an object", hint=AGAIN)
-    return presets
+    server = presets.get("server") if isinstance(presets, dict) else None
+    if (
+        not isinstance(server, dict)
+        or not _is_of(_LIST, server.get("argv"))
+        or type(server.get("ready_timeout_s")) not in (int, float)
+    ):
+        raise DeviceError(f"{PRESETS} does not say how the server is started", hint=AGAIN)
+    return dict(presets)
 
 
 def parse_manifest(content: bytes) -> dict[str, Any]:
@@ -50,7 +70,7 @@ def parse_manifest(content: bytes) -> dict[str, Any]:
             f"{MANIFEST} has schema version {manifest['schema_version']}; this edgectl reads {SCHEMA_VERSION}",
             hint="use the edgectl that came with the bundle",
         )
-    wrong = _wrong_list(manifest.get("files")) or _wrong_name(manifest)
+    wrong = _wrong_list(manifest.get("files")) or _wrong_facts(manifest) or _wrong_name(manifest)
     if wrong:
         raise DeviceError(f"{MANIFEST} {wrong}", hint=f"it was not made by this toolchain, or was changed: {AGAIN}")
     return manifest
@@ -86,7 +106,7 @@ def _wrong_list(listed: object) -> str | None:
         digest = facts["sha256"]
         if not isinstance(digest, str) or len(digest) != 64 or not _HEX.issuperset(digest):
             return f"gives {path} no SHA-256"
-        if type(facts["bytes"]) is not int or facts["bytes"] < 0:
+        if type(facts["bytes"]) is not int or not 0 <= facts["bytes"] <= _MOST_BYTES:
             return f"gives {path} no size"
         if facts["mode"] not in MODES:
             return f"gives {path} the mode {facts['mode']!r}, not one of {', '.join(MODES)}"
@@ -98,12 +118,29 @@ def _wrong_list(listed: object) -> str | None:
     return None
 
 
+def _wrong_facts(manifest: dict[str, Any]) -> str | None:
+    """What is missing, or of another kind than it must be."""
+    for part, wanted in _FACTS.items():
+        facts = manifest.get(part) if part else manifest
+        if not isinstance(facts, dict):
+            return f"has no {part}"
+        for key, kind in wanted.items():
+            if not _is_of(kind, facts.get(key)):
+                return f"has no {f'{part}.{key}' if part else key} that is {kind}"
+    return None
+
+
+def _is_of(kind: str, value: object) -> bool:
+    if kind == _TEXT:
+        return isinstance(value, str)
+    if kind == _NUMBER:
+        return type(value) is int and 0 <= value <= _MOST_BYTES
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
 def _wrong_name(manifest: dict[str, Any]) -> str | None:
     """What is wrong with the names by which the manifest calls itself, the model and the programs."""
-    try:
-        name, model, folder = folder_name(manifest), manifest["model"]["file"], manifest["runtime"]["folder"]
-    except (KeyError, TypeError):
-        return "does not say what it is: name, version, target, model and runtime"
+    name, model, folder = folder_name(manifest), manifest["model"]["file"], manifest["runtime"]["folder"]
     if not is_plain(name) or "/" in name:
         return f"calls its bundle {name!r}"
     if model not in manifest["files"]:

@@ -49,11 +49,13 @@ def policy(allowed_signers: Path | None, signer: str | None) -> Policy | None:
     whether the machine has one.
     """
     if allowed_signers is not None:
-        if not allowed_signers.is_file():
+        try:
+            allowed_signers.read_bytes()
+        except OSError as error:
             raise UsageError(
-                f"--allowed-signers {allowed_signers}: no such file",
+                f"--allowed-signers {allowed_signers}: {error.strerror}",
                 hint="a line for each who may sign: NAME, then the public key; see ssh-keygen(1), ALLOWED SIGNERS",
-            )
+            ) from None
         return Policy(allowed_signers, signer)
     try:
         MACHINE_POLICY.lstat()
@@ -91,18 +93,17 @@ def _check(sums: bytes, signature: bytes, required: Policy | None) -> Verdict:
     key = said.rpartition(" with ")[2]
     if required is None:
         return Verdict(True, f"signed with {key}; nobody was named who may sign (--allowed-signers)")
-    names = [required.signer] if required.signer is not None else _principals(sums, signature, required)
+    found, said = _ssh_keygen(["find-principals", "-f", str(required.allowed_signers)], sums, signature)
+    names = [required.signer] if required.signer is not None else said.splitlines() if found else []
     for name in names:
-        good, _ = _ssh_keygen(["verify", "-f", str(required.allowed_signers), "-I", name], sums, signature)
+        good, said = _ssh_keygen(["verify", "-f", str(required.allowed_signers), "-I", name], sums, signature)
         if good:
             return Verdict(True, f"signed by {name} with {key}")
     wanted = f"not that of {required.signer} in" if required.signer is not None else "not one of"
-    return Verdict(False, f"unknown signer: signed with {key}, {wanted} {required.allowed_signers}")
-
-
-def _principals(sums: bytes, signature: bytes, required: Policy) -> list[str]:
-    found, said = _ssh_keygen(["find-principals", "-f", str(required.allowed_signers)], sums, signature)
-    return said.splitlines() if found else []
+    # An expired key, another namespace, a line that is none.
+    reasons = [line for line in said.splitlines() if line.startswith(f"{required.allowed_signers}:")]
+    because = f" ({reasons[0]})" if reasons else ""
+    return Verdict(False, f"unknown signer: signed with {key}, {wanted} {required.allowed_signers}{because}")
 
 
 def _ssh_keygen(arguments: list[str], sums: bytes, signature: bytes) -> tuple[bool, str]:
@@ -116,7 +117,7 @@ def _ssh_keygen(arguments: list[str], sums: bytes, signature: bytes) -> tuple[bo
         done = subprocess.run(argv, input=sums, capture_output=True, check=False, pass_fds=[handle])
     finally:
         os.close(handle)
-    said = done.stdout or done.stderr
+    said = done.stdout if done.returncode == 0 else done.stderr or done.stdout
     return done.returncode == 0, said.decode(errors="replace").strip()
 
 

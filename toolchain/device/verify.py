@@ -37,8 +37,8 @@ def host_checks(bundle: files.Bundle) -> list[Check]:
     checks.append(check("page size", page <= alignment, f"{page} bytes here, programs are aligned to {alignment}"))
     if runtime["device_libraries"]:
         checks.append(_libraries_check(runtime["device_libraries"]))
-    memory, wanted = probe.memory_bytes(), int(bundle.manifest["model"]["bytes"]) + files.SERVER_BYTES
-    detail = f"{memory >> 20} MiB here, {wanted >> 20} MiB are needed for the model and its server"
+    memory, wanted = probe.memory_bytes(), bundle.wanted_bytes
+    detail = f"{memory >> 20} MiB here, {wanted >> 20} MiB are needed for the model, its context and the server"
     checks.append(check("memory", memory >= wanted, detail))
     return checks
 
@@ -82,13 +82,14 @@ def report(bundle_id: str | None, checks: list[Check]) -> dict[str, Any]:
 def run(
     root: Path, say: Callable[[str], None], *, required: signature.Policy | None, host: bool = True
 ) -> dict[str, Any]:
-    """Signature, then files, then (`host`) the machine. What comes with a wrong signature is not looked into.
+    """Signature, then files, then (`host`) the machine, as far as all is right.
 
-    Raises DeviceError for what is no bundle.
+    What comes with a wrong signature is not looked into. Raises DeviceError for what is no bundle.
     """
     signed = signature_check(root, required)
     if not signed["ok"]:
         return report(None, [signed])
     bundle = files.open_bundle(root)
     say("hashing every file")
-    return report(bundle.id, [signed, file_check(bundle), *(host_checks(bundle) if host else [])])
+    whole = file_check(bundle)
+    return report(bundle.id, [signed, whole, *(host_checks(bundle) if host and whole["ok"] else [])])
