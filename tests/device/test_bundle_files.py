@@ -66,6 +66,34 @@ def test_edgectl_is_started_by_any_shell_without_packages_and_settings(make: Mak
     assert "tiny 1.0 for x86-cpu" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("command", "code", "out", "err"),
+    [
+        ("./edgectl info --json >/dev/full", 1, "", "error: the output cannot be written: No space left on device"),
+        ("./edgectl verify --json 2>&-", 0, '{\n  "schema_version": 1,', ""),
+        ("./edgectl verify 2>&1 >&-", 0, "hashing every file", ""),
+        ("XDG_DATA_HOME=/tmp/50%off ./edgectl install --help", 0, "usage: ", ""),
+        ("echo k > ../k; ./edgectl serve --api-key-file ../k --host " + 70 * "\u00fc", 2, "", "error: --host "),
+        ("./edgectl bench --out /proc/none", 2, "", "error: --out /proc/none: cannot be written"),
+        ("./edgectl bench --out ..", 2, "", "error: --out ..: cannot be written"),
+        ("exec nohup ./edgectl info", 0, "bundle ", ""),
+    ],
+)
+def test_odd_surroundings_end_in_one_line(make: Make, command: str, code: int, out: str, err: str) -> None:
+    environ = {"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8"}
+    done = subprocess.run(["sh", "-c", command], cwd=make(), env=environ, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout[: len(out)]) == (code, out), done.stderr
+    assert done.stderr.startswith(err) if err else done.stderr == ""
+    assert "Traceback" not in done.stderr
+
+
+def test_a_hangup_that_is_ignored_stays_so(make: Make) -> None:
+    code = "import signal; from device import main; main._heed_signals(); print(signal.getsignal(signal.SIGHUP).name)"
+    argv = ["nohup", sys.executable, "-c", code]
+    done = subprocess.run(argv, cwd=make(), capture_output=True, text=True, check=True)
+    assert done.stdout == "SIG_IGN\n"
+
+
 def test_the_id_changes_with_a_file_and_with_a_fact(make: Make) -> None:
     ids = {
         files.open_bundle(make("a")).id,

@@ -76,6 +76,24 @@ def test_every_budget_is_held_against_its_figure(tmp_path: Path, budgets: dict[s
     assert gate.judge(bundle(tmp_path, **budgets), record())["verdict"] == verdict
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"options": [1]},
+        {"device": [1]},
+        {"roofline": 5},
+        {"page_cache": "x"},
+        {"model": {"bytes": "x"}},
+        {"metrics": {"tg128_tps": [1]}},
+        {"roofline": {"pct": 10**500}},
+    ],
+)
+def test_a_record_that_bench_cannot_have_written_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    held = bundle(tmp_path, decode_tps=9.0, cold_start_s=9.0, memory_x_model=2.0, roofline_pct=9.0)
+    with pytest.raises(UsageError, match="not a record as bench writes it"):
+        gate.judge(held, record(**changes))
+
+
 def test_every_budget_of_a_profile_is_known_to_the_device(tmp_path: Path) -> None:
     for name in Budgets.model_fields:
         value: Any = "15W" if name == "power_mode" else 1.0

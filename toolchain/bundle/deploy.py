@@ -262,14 +262,14 @@ class _Deployment:
         try:
             self._ssh([*self._sudo(), *question], stdout=answer)
             # A login shell may print something of its own before.
-            self.found = json.loads(answer.read_text(errors="replace").strip().splitlines()[-1])
+            self.found = dict(json.loads(answer.read_text(errors="replace").strip().splitlines()[-1]))
         except _ExitError as error:
             if error.code == _NOT_FOUND:
                 missing = "sudo or python3" if self.options.sudo else "python3"
                 raise _FailedError("refused", f"no {missing} there: {error.last}", "install it there") from None
             hint = "give the user that right, or leave out --sudo" if self.options.sudo else None
             raise _FailedError("refused", error.last, hint) from None
-        except (ValueError, IndexError):
+        except (ValueError, TypeError, IndexError):
             raise _FailedError("refused", "its answer is not ours", f"ssh {self.result.device} python3 -V") from None
         finally:
             answer.unlink(missing_ok=True)
@@ -399,8 +399,8 @@ class _Deployment:
 
     def _read(self, record: Path) -> dict[str, Any]:
         try:
-            found: dict[str, Any] = json.loads(record.read_bytes())
-        except ValueError:
+            found: dict[str, Any] = dict(json.loads(record.read_bytes()))
+        except (ValueError, TypeError):
             hint = "does the login shell there print something of its own?"
             raise _FailedError("failed", f"{record} is no record", hint) from None
         return found

@@ -166,7 +166,7 @@ def _home_options(verb: argparse.ArgumentParser, *, service: bool = True) -> Non
     from . import releases
     from . import service as service_module
 
-    text = f"folder of the releases (default: {releases.default_home()})"
+    text = "folder of the releases (default: %(default)s)"
     verb.add_argument("--home", type=Path, default=releases.default_home(), metavar="DIR", help=text)
     if service:
         text = "what keeps the server running (default: systemd for root where it is the init, else a process)"
@@ -341,6 +341,8 @@ def _bench(bundle: files.Bundle, options: argparse.Namespace) -> int:
         raise UsageError(f"--out {options.out}: no such folder")
     if options.out is not None and options.out.resolve().is_relative_to(bundle.root):
         raise UsageError(f"--out {options.out}: is inside the bundle, whose files are sealed", hint="write elsewhere")
+    if options.out is not None:
+        _check_writable(options.out)
     record = bench.run(bundle, asked, _say)
     if options.out is not None:
         try:
@@ -352,6 +354,17 @@ def _bench(bundle: files.Bundle, options: argparse.Namespace) -> int:
     else:
         print(bench.table(record))
     return 0
+
+
+def _check_writable(path: Path) -> None:
+    """Before minutes are measured for it. Raises UsageError."""
+    was_there = path.exists()
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise UsageError(f"--out {path}: cannot be written: {error.strerror}") from None
+    if not was_there:
+        path.unlink()
 
 
 def list_of_numbers(text: str) -> tuple[int, ...]:

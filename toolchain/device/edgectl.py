@@ -16,6 +16,9 @@ HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path.insert(0, HERE)
 
 if __name__ == "__main__":
-    from device.main import main  # type: ignore[import-not-found, unused-ignore]
+    try:
+        from device.main import main  # type: ignore[import-not-found, unused-ignore]
 
-    sys.exit(main(HERE, sys.argv[1:]))
+        sys.exit(main(HERE, sys.argv[1:]))
+    except KeyboardInterrupt:  # before it is looked after
+        sys.exit(130)

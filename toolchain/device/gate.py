@@ -47,8 +47,11 @@ def judge(bundle: files.Bundle, record: dict[str, Any]) -> dict[str, Any]:
             f"the target {bundle.manifest['target']['name']} has no budgets to be held to",
             hint="[budgets] in its profile (docs/targets.md), then build the bundle again",
         )
-    general = _doubts(record, budgets.pop("power_mode", None))
-    rows = [_row(name, limit, record, general) for name, limit in budgets.items()]
+    try:
+        general = _doubts(record, budgets.pop("power_mode", None))
+        rows = [_row(name, limit, record, general) for name, limit in budgets.items()]
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
+        raise UsageError(f"not a record as bench writes it: {error}", hint=_RECORD_HINT) from None
     return {
         "schema_version": SCHEMA_VERSION,
         "bundle": bundle.id,

@@ -189,7 +189,7 @@ def check_address(host: str, port: int, *, has_key: bool) -> None:
     check_listen(host, port, has_key=has_key)
     try:
         _bind(host, port)
-    except _socket.gaierror:
+    except (_socket.gaierror, UnicodeError):
         raise UsageError(f"--host {host}: no such address") from None
     except OSError as error:
         if error.errno == errno.EADDRINUSE:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .cores import CPUS, cpu_quota, physical_cores, usable_cpus
+from .errors import DeviceError
 from .facts import FactError, parse_int
 from .system import HERE, System
 
@@ -58,7 +59,7 @@ def cpu_model() -> str | None:
 
 
 def memory_bytes() -> int:
-    """Memory of the machine, or of the control group when that is less."""
+    """Memory of the machine, or of the control group when that is less. Raises DeviceError where /proc is missing."""
     total = _meminfo("MemTotal")
     limit = _text("/sys/fs/cgroup/memory.max")
     return min(total, int(limit)) if limit and limit.isdigit() else total
@@ -71,7 +72,9 @@ def memory_available_bytes() -> int:
 
 def _meminfo(key: str) -> int:
     match = re.search(rf"^{key}:\s+(\d+) kB", _text("/proc/meminfo") or "", re.MULTILINE)
-    return int(match[1]) * 1024 if match else 0
+    if match is None:
+        raise DeviceError(f"/proc/meminfo has no {key}", hint="mount -t proc proc /proc")
+    return int(match[1]) * 1024
 
 
 def glibc() -> tuple[int, int] | None:

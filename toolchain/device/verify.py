@@ -37,10 +37,17 @@ def host_checks(bundle: files.Bundle) -> list[Check]:
     checks.append(check("page size", page <= alignment, f"{page} bytes here, programs are aligned to {alignment}"))
     if runtime["device_libraries"]:
         checks.append(_libraries_check(runtime["device_libraries"]))
-    memory, wanted = probe.memory_bytes(), bundle.wanted_bytes
-    detail = f"{memory >> 20} MiB here, {wanted >> 20} MiB are needed for the model, its context and the server"
-    checks.append(check("memory", memory >= wanted, detail))
+    checks.append(_memory_check(bundle.wanted_bytes))
     return checks
+
+
+def _memory_check(wanted: int) -> Check:
+    try:
+        memory = probe.memory_bytes()
+    except DeviceError as error:
+        return check("memory", False, f"not known: {error.message}")
+    detail = f"{memory >> 20} MiB here, {wanted >> 20} MiB are needed for the model, its context and the server"
+    return check("memory", memory >= wanted, detail)
 
 
 def _glibc_check(needed: str) -> Check:
