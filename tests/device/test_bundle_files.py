@@ -311,9 +311,11 @@ def test_a_name_that_nobody_vouches_for_forges_no_line(make: Make) -> None:
     folder = make()
     (folder / "x\nok    everything").write_text("")
     (folder / os.fsdecode(b"\xff")).write_text("")
+    (folder / "web" / "more").mkdir()
     assert files.problems(files.open_bundle(folder)) == [
         "'x\\nok    everything': extra: not in the manifest",
         "'\\udcff': extra: not in the manifest",
+        "web/more: extra: a folder that the manifest does not need",
     ]
 
 

@@ -5,7 +5,7 @@ import json
 import os
 import stat
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .errors import DeviceError
@@ -136,11 +136,13 @@ def problems(bundle: Bundle, *, read: bool = True) -> list[str]:
     found: list[str] = []
     if bundle_id(bundle.manifest) != bundle.id:
         found.append(f"{MANIFEST}: changed: its content does not give the id it states")
-    present, links = _walk(bundle.root)
+    present, links, folders = _walk(bundle.root)
     found += [f"{_shown(path)}: is a link or special file; a bundle has plain files only" for path in links]
     found += [f"{path}: missing" for path in sorted(set(expected) - present - set(links))]
     known = {*expected, MANIFEST, SUMS, SIGNATURE}
     found += [f"{_shown(path)}: extra: not in the manifest" for path in sorted(present - known)]
+    needed = {parent.as_posix() for path in expected for parent in PurePosixPath(path).parents}
+    found += [f"{_shown(path)}: extra: a folder that the manifest does not need" for path in sorted(folders - needed)]
     for path in sorted(present & set(expected)):
         problem = _problem(bundle.root / path, expected[path], read=read)
         if problem is not None:
@@ -171,8 +173,8 @@ def _problem(file: Path, facts: dict[str, Any], *, read: bool) -> str | None:
     return None
 
 
-def _walk(root: Path) -> tuple[set[str], list[str]]:
-    """Plain files below `root`, and whatever is neither file nor folder, as paths with forward slashes.
+def _walk(root: Path) -> tuple[set[str], list[str], set[str]]:
+    """Plain files below `root`, whatever is neither file nor folder, and folders, as paths with forward slashes.
 
     Raises DeviceError for a folder that cannot be looked into: what lies there would go unseen.
     """
@@ -182,12 +184,15 @@ def _walk(root: Path) -> tuple[set[str], list[str]]:
 
     plain: set[str] = set()
     other: list[str] = []
+    folders: set[str] = set()
     for folder, subfolders, names in os.walk(root, onerror=refuse):
         for name in [*subfolders, *names]:
             path = Path(folder, name)
             mode = path.lstat().st_mode
             if stat.S_ISREG(mode):
                 plain.add(path.relative_to(root).as_posix())
-            elif not stat.S_ISDIR(mode):
+            elif stat.S_ISDIR(mode):
+                folders.add(path.relative_to(root).as_posix())
+            else:
                 other.append(path.relative_to(root).as_posix())
-    return plain, sorted(other)
+    return plain, sorted(other), folders

@@ -31,7 +31,8 @@ class ForeignCpu:
         start_s, busy_s, own_s = self._start
         elapsed_s = time.perf_counter() - start_s
         foreign_s = (_busy_s() - busy_s) - (_own_s() - own_s)
-        self.share = max(0.0, foreign_s) / (elapsed_s * (os.cpu_count() or 1))
+        # The kernel counts in ticks: a second may hold a thousandth more of them.
+        self.share = min(1.0, max(0.0, foreign_s) / (elapsed_s * (os.cpu_count() or 1)))
 
 
 def _busy_s() -> float:
