@@ -140,7 +140,7 @@ def read_target(name: str) -> TargetProfile:
             hint += f"targets: {', '.join(known)}; your own: the path of a file such as those in targets/"
             raise RecipeError(f"no target '{name}'", hint=hint)
         path = known[name]
-    profile = read_toml(path, TargetProfile)
+    profile = read_toml(path, TargetProfile, keys="`toolchain schema --of target` lists every key of a profile")
     if profile.name != path.stem:
         raise RecipeError(f"{path}: name is '{profile.name}', the file says '{path.stem}'")
     return profile
