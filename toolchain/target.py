@@ -44,8 +44,8 @@ class Runtime(Settings):
 
     cmake: dict[CmakeName, str | bool]
     """CMake options beside the ones that every build shares."""
-    backend: str
-    """The compute backend that llama-server must report, as in its log: "CPU", "CUDA"."""
+    backend: Literal["CPU", "CUDA"]
+    """The compute backend that llama-server must report, as in its log."""
     glibc_floor: Annotated[str, StringConstraints(pattern=r"^\d+\.\d+$")]
     """Newest glibc the binaries may ask for."""
     page_bytes: Literal[4096, 16384, 65536] = 4096

@@ -319,6 +319,7 @@ def test_an_unknown_target_names_those_there_are() -> None:
         ("[runtime]\npage_bytes = 5000", "page_bytes"),
         ("[runtime.isa.forbidden]\nAVX = '('", "no regular expression"),
         ("colour = 1", "unknown key 'colour'"),
+        ('[runtime]\nbackend = "cpu"', "runtime.backend: input should be 'CPU' or 'CUDA'"),
     ],
 )
 def test_a_profile_that_cannot_be_is_refused(tmp_path: Path, line: str, says: str) -> None:

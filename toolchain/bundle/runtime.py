@@ -151,7 +151,7 @@ def collect(llama: LlamaCpp, target: TargetProfile, out: Path) -> RuntimeFacts:
     for name, elf in elves.items():
         _check(name, elf, target, set(elves))
     check_isa(out, target, proven=llama.root / "isa.json")
-    _check_gpu_code(out, target)
+    _check_gpu(out, target)
     newest = max(elf.glibc for elf in elves.values())
     return RuntimeFacts(
         files=tuple(elves),
@@ -303,11 +303,19 @@ def _read_json(path: Path) -> object:
         return None
 
 
-def _check_gpu_code(folder: Path, target: TargetProfile) -> None:
-    """Every `target.runtime.gpu_code` is in some library. Raises HostError."""
-    if not target.runtime.gpu_code:
+def _check_gpu(folder: Path, target: TargetProfile) -> None:
+    """The GPU backend that is promised is there, and every `target.runtime.gpu_code` in some file. Raises HostError."""
+    promised = target.runtime.backend == "CUDA"
+    if not promised and not target.runtime.gpu_code:
         return
-    held = {code for path in sorted(folder.iterdir()) for code in fatbin.code_in(path)}
+    files = sorted(folder.iterdir())
+    held = {code for path in files for code in fatbin.code_in(path)}
+    # Linked statically, the backend is no library: its code is in the programs.
+    if promised and not held and not any(path.name.startswith("libggml-cuda.so") for path in files):
+        raise HostError(
+            f"no CUDA backend (libggml-cuda) in what is built for {target.name}, whose runtime.backend is CUDA",
+            hint='build with GGML_CUDA = true, or give the profile runtime.backend = "CPU"',
+        )
     missing = [code for code in target.runtime.gpu_code if code not in held]
     if missing:
         raise HostError(
