@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from toolchain import __version__
-from toolchain.errors import ArtifactError, RecipeError, ToolchainError
+from toolchain.errors import ArtifactError, HostError, RecipeError, ToolchainError
 
 if TYPE_CHECKING:
     from toolchain.gguf.llama_cpp import LlamaCpp
@@ -521,7 +521,12 @@ def _checked(built: "LlamaCpp", profile: "TargetProfile") -> str:
 
     from toolchain.bundle import runtime
 
-    with tempfile.TemporaryDirectory() as folder:
+    try:
+        temporary = tempfile.TemporaryDirectory()
+    except OSError as error:
+        hint = "free some space, or set TMPDIR to a folder on another disk"
+        raise HostError(f"no temporary folder can be made: {error.strerror}", hint=hint) from None
+    with temporary as folder:
         facts = runtime.collect(built, profile, Path(folder, "bin"))
     return (
         f"{profile.name}: {len(facts.files)} files, {facts.bytes / 1e6:.1f} MB, glibc {facts.glibc_needed}, "

@@ -522,4 +522,4 @@ class Recipe(Settings):
 
 def read_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
     """Read a recipe. Raises RecipeError."""
-    return read_toml(path, Recipe, overrides=overrides)
+    return read_toml(path, Recipe, keys="`toolchain init` writes a recipe with every key", overrides=overrides)

@@ -64,12 +64,15 @@ def without_operational(value: Any) -> Any:
 S = TypeVar("S", bound=Settings)
 
 
-def read_toml(path: Path, model: type[S], *, overrides: typing.Mapping[str, Any] | None = None) -> S:
-    """Read `path` as `model`. `overrides` maps dotted keys ("distill.epochs") to values. Raises RecipeError."""
+def read_toml(path: Path, model: type[S], *, keys: str, overrides: typing.Mapping[str, Any] | None = None) -> S:
+    """Read `path` as `model`. `overrides` maps dotted keys ("distill.epochs") to values.
+
+    Raises RecipeError, whose hint for a missing file or key is `keys`: what shows all there are.
+    """
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RecipeError(f"{path}: no such file", hint="`toolchain init` writes a commented recipe") from None
+        raise RecipeError(f"{path}: no such file", hint=keys) from None
     except IsADirectoryError:
         raise RecipeError(f"{path}: is a folder, not a TOML file") from None
     except OSError as error:
@@ -84,7 +87,7 @@ def read_toml(path: Path, model: type[S], *, overrides: typing.Mapping[str, Any]
         text = json.dumps(raw, default=_not_json)
         return model.model_validate_json(text, context={"base": path.resolve().parent})
     except ValidationError as error:
-        raise _explain(path, model, error) from None
+        raise _explain(path, model, error, keys) from None
 
 
 def _put(raw: dict[str, Any], dotted: str, value: Any) -> None:
@@ -100,9 +103,10 @@ def _not_json(value: object) -> str:
     raise RecipeError(f"a TOML value of type {type(value).__name__} is not used here: {value}")
 
 
-def _explain(path: Path, model: type[Settings], error: ValidationError) -> RecipeError:
-    """One message with a line per problem; the hint names the nearest key."""
+def _explain(path: Path, model: type[Settings], error: ValidationError, keys: str) -> RecipeError:
+    """One message with a line per problem; the hint names the nearest key, whatever else is wrong."""
     lines: list[str] = []
+    meant: str | None = None
     hint: str | None = None
     for problem in error.errors(include_url=False):
         location = [part for part in problem["loc"] if part != "function-after"]
@@ -113,11 +117,12 @@ def _explain(path: Path, model: type[Settings], error: ValidationError) -> Recip
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
             table = ".".join(str(part) for part in parents)
             lines.append((f"{table}: " if table else "") + f"unknown key '{key}'")
-            keys = f"known keys: {', '.join(sorted(known))}"
-            hint = hint or (f"did you mean '{near[0]}'? {keys}" if near else keys)
+            those = f"known keys: {', '.join(sorted(known))}"
+            meant = meant or (f"did you mean '{near[0]}'? {those}" if near else None)
+            hint = hint or those
         elif problem["type"] == "missing":
             lines.append(f"{where}: is missing")
-            hint = hint or f"add `{location[-1]} = …`; `toolchain init` shows every key"
+            hint = hint or f"add `{location[-1]} = …`; {keys}"
         else:
             message = problem["msg"].removeprefix("Value error, ")
             given = problem["input"]
@@ -125,7 +130,7 @@ def _explain(path: Path, model: type[Settings], error: ValidationError) -> Recip
             lines.append((f"{where}: " if where else "") + message[:1].lower() + message[1:] + shown)
             if "no such file" in message:
                 hint = hint or f"paths are relative to {path.parent}"
-    return RecipeError(f"{path}: " + f"\n{path}: ".join(lines), hint=hint)
+    return RecipeError(f"{path}: " + f"\n{path}: ".join(lines), hint=meant or hint)
 
 
 def known_keys(model: type[BaseModel], parents: list[str]) -> list[str]:

@@ -44,8 +44,8 @@ class Runtime(Settings):
 
     cmake: dict[CmakeName, str | bool]
     """CMake options beside the ones that every build shares."""
-    backend: str
-    """The compute backend that llama-server must report, as in its log: "CPU", "CUDA"."""
+    backend: Literal["CPU", "CUDA"]
+    """The compute backend that llama-server must report, as in its log."""
     glibc_floor: Annotated[str, StringConstraints(pattern=r"^\d+\.\d+$")]
     """Newest glibc the binaries may ask for."""
     page_bytes: Literal[4096, 16384, 65536] = 4096
@@ -140,7 +140,7 @@ def read_target(name: str) -> TargetProfile:
             hint += f"targets: {', '.join(known)}; your own: the path of a file such as those in targets/"
             raise RecipeError(f"no target '{name}'", hint=hint)
         path = known[name]
-    profile = read_toml(path, TargetProfile)
+    profile = read_toml(path, TargetProfile, keys="`toolchain schema --of target` lists every key of a profile")
     if profile.name != path.stem:
         raise RecipeError(f"{path}: name is '{profile.name}', the file says '{path.stem}'")
     return profile

@@ -132,7 +132,9 @@ def test_the_container_cannot_grow_beyond_the_bundle_and_starts_with_the_machine
 
 
 def test_a_bundle_for_a_gpu_is_given_it(generator: Path, make: bundles.Make, tmp_path: Path) -> None:
-    made = _generated(generator, _file(make("gpu", target=bundles.target(backend="CUDA"))), tmp_path)
+    bundle = make("gpu")
+    bundles.promise_cuda(bundle)
+    made = _generated(generator, _file(bundle), tmp_path)
     argv = _podman_run(made.stdout)
     assert argv[argv.index("--device") + 1] == "nvidia.com/gpu=all"
 

@@ -172,6 +172,13 @@ def reseal(folder: Path, manifest: dict[str, Any] | None = None) -> None:
     (folder / files.SUMS).write_text(files.sums_text(manifest, hashlib.sha256(text.encode()).hexdigest()))
 
 
+def promise_cuda(folder: Path) -> None:
+    """The manifest of a bundle then says CUDA, which no build without it could come by."""
+    manifest = json.loads((folder / files.MANIFEST).read_text())
+    manifest["runtime"]["backend"] = "CUDA"
+    reseal(folder, manifest)
+
+
 def every_byte(folder: Path) -> dict[str, tuple[int, bytes]]:
     """Path → mode and content of every file below `folder`."""
     return {

@@ -290,6 +290,11 @@ def test_a_base_for_another_processor_is_refused(built: Path, tmp_path: Path) ->
         (layers_for(python=None), "no Python with its standard library in it, edgectl needs 3.10"),
         (layers_for(python="3.9"), "Python 3.9 in it, edgectl needs 3.10 or newer"),
         ([tar_of(LOADER["amd64"], "usr/bin/python3.11")], "no Python with its standard library"),
+        ([tar_of(LOADER["amd64"], "usr/lib/python3.11/http/client.py")], "no program python3 in it"),
+        ([*layers_for(), tar_of("usr/bin/.wh.python3.11")], "no program python3 in it"),
+        ([*layers_for(), tar_of("./usr/lib/.wh.python3.11")], "no Python with its standard library"),
+        ([*layers_for(), tar_of("usr/lib/python3.11/http/.wh..wh..opq")], "no Python with its standard library"),
+        ([*layers_for(), tar_of(".wh..wh..opq")], "no glibc for x86_64 in it"),
     ],
 )
 def test_a_base_on_which_it_could_not_run_is_refused(
@@ -303,6 +308,20 @@ def test_a_base_on_which_it_could_not_run_is_refused(
     assert says in done.stderr
     assert "hint: " in done.stderr
     assert not list(tmp_path.glob("*image.tar*"))
+
+
+@pytest.mark.parametrize(
+    "above",
+    [
+        ["usr/lib/.wh.python3.1", "usr/bin/.wh.python3"],
+        ["usr/bin/.wh..wh..opq", "usr/bin/python3"],
+        ["usr/.wh.lib", "usr/lib/python3.12/http/client.py"],
+    ],
+    ids=["others are taken away", "replaced whole", "a newer one"],
+)
+def test_what_a_layer_takes_away_is_of_those_below_it(tmp_path: Path, above: list[str]) -> None:
+    layers = [*layers_for(), tar_of(*above)]
+    forms.check_base(saved(tmp_path / "base.tar", layers), read_target("x86-cpu"))
 
 
 def test_a_base_must_have_the_libraries_that_a_device_has_of_its_own(tmp_path: Path) -> None:
@@ -347,6 +366,36 @@ def _layer_missing(path: Path) -> Path:
     return write_tar(base, {name: data for name, data in content.items() if not name.endswith("layer.tar")})
 
 
+def _blob_missing(path: Path) -> Path:
+    folder = layout(path / "base")
+    next(file for file in folder.rglob("*") if file.is_file() and file.read_bytes()[:2] == b"\x1f\x8b").unlink()
+    return folder
+
+
+def _with_config(path: Path, **changed: Any) -> Path:
+    base = saved(path / "base.tar")
+    content = read(base)
+    name = next(name for name in content if name.endswith(".json") and name != "manifest.json")
+    content[name] = json.dumps({**json.loads(content[name]), **changed}).encode()
+    return write_tar(base, content)
+
+
+def _odd_settings(path: Path) -> Path:
+    return _with_config(path, config=["sh"])
+
+
+def _odd_history(path: Path) -> Path:
+    return _with_config(path, history=["one", "two"])
+
+
+def _odd_labels(path: Path) -> Path:
+    return _with_config(path, config={"Labels": ["base"]})
+
+
+def _odd_variables(path: Path) -> Path:
+    return _with_config(path, config={"Env": {"PATH": "/bin"}})
+
+
 def _layer_changed(path: Path) -> Path:
     base = saved(path / "base.tar")
     content = read(base)
@@ -375,6 +424,11 @@ def _zstd(path: Path) -> Path:
         (_other_tar, "neither an OCI layout nor what `docker save` writes"),
         (_not_json, "not an image as it should be"),
         (_layer_missing, "is not there"),
+        (_blob_missing, "is not there"),
+        (_odd_settings, "not an image as it should be: ValueError('config is no object')"),
+        (_odd_history, "history is no list of objects"),
+        (_odd_labels, "config.Labels is no object of texts"),
+        (_odd_variables, "config.Env is no list of texts"),
         (_layer_changed, "is damaged"),
         (_config_changed, "is damaged: its SHA-256 differs"),
         (_zstd, "are not read here"),
@@ -387,6 +441,14 @@ def test_a_base_that_is_none_is_one_clear_error(built: Path, tmp_path: Path, mak
     assert says in caught.value.message
     assert caught.value.hint
     assert not list(tmp_path.glob("*image.tar*"))
+
+
+@pytest.mark.parametrize("empty", [{"config": None}, {"history": None}, {"config": {"Env": None, "Labels": None}}])
+def test_a_base_need_not_say_anything_of_itself(built: Path, tmp_path: Path, empty: dict[str, Any]) -> None:
+    pack(built, _with_config(tmp_path, **empty), tmp_path / "image.tar")
+    config = config_in(read(tmp_path / "image.tar"))
+    assert config["config"]["Labels"]["toolchain.bundle.id"] == files.open_bundle(built).id
+    assert sum(not entry.get("empty_layer", False) for entry in config["history"]) == 5
 
 
 def test_pack_says_what_is_missing_or_too_much(built: Path, tmp_path: Path) -> None:

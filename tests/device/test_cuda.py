@@ -19,9 +19,10 @@ NEEDS_GPU = pytest.mark.skipif(not Path("/dev/nvidiactl").exists(), reason="need
 def without_cuda(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle whose manifest promises CUDA, and whose programs were built without it."""
     cpu = read_target("x86-cpu")
-    promised = cpu.runtime.model_copy(update={"backend": "CUDA"})
-    target = cpu.model_copy(update={"runtime": promised, "server": cpu.server.model_copy(update={"gpu_layers": "all"})})
-    return bundles.around(llama_cpp.find(cpu.runtime.cmake), target, tmp_path_factory.mktemp("without"))
+    target = cpu.model_copy(update={"server": cpu.server.model_copy(update={"gpu_layers": "all"})})
+    bundle = bundles.around(llama_cpp.find(cpu.runtime.cmake), target, tmp_path_factory.mktemp("without"))
+    bundles.promise_cuda(bundle)
+    return bundle
 
 
 @pytest.mark.parametrize("verb", ["serve", "smoke", "bench"])

@@ -1,12 +1,16 @@
 """Reading what a program asks of the machine it runs on."""
 
+import errno
 import json
+import os
 import platform
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from tests.device import bundles
 
 pytest.importorskip("elftools")
 
@@ -37,13 +41,31 @@ def test_needed_libraries_versions_and_search_path_are_read(tmp_path: Path) -> N
 
 
 @gcc
-@pytest.mark.parametrize("entry", ["/opt/lib", "$ORIGIN:"])
+@pytest.mark.parametrize(
+    "entry", ["/opt/lib", "$ORIGIN:", "$ORIGIN/../../..", "$ORIGIN:$ORIGIN/../../../lib", "$ORIGINAL"]
+)
 def test_a_search_path_outside_the_bundle_is_refused(tmp_path: Path, entry: str) -> None:
     elf = runtime.read_elf(compile_program(tmp_path, f"-Wl,-rpath,{entry}"))
     target = read_target("x86-cpu").model_copy(update={"arch": platform.machine()})
     target = target.model_copy(update={"runtime": target.runtime.model_copy(update={"glibc_floor": "9.9"})})
     with pytest.raises(HostError, match="a looks for libraries in"):
         runtime._check("a", elf, target, set())
+
+
+@pytest.mark.parametrize("entry", ["$ORIGIN", "${ORIGIN}/", "$ORIGIN/../lib", "$ORIGIN/../.."])
+def test_a_search_path_inside_the_bundle_is_none_to_refuse(entry: str) -> None:
+    assert runtime._stays_inside(entry)
+
+
+@gcc
+def test_programs_for_a_newer_glibc_are_refused_with_what_builds_for_an_older_one(tmp_path: Path) -> None:
+    elf = runtime.read_elf(compile_program(tmp_path))
+    target = host(tmp_path)
+    target = target.model_copy(update={"runtime": target.runtime.model_copy(update={"glibc_floor": "2.1"})})
+    with pytest.raises(HostError, match=r"a needs glibc .*, the target fourth has 2\.1") as caught:
+        runtime._check("a", elf, target, set())
+    assert 'CMAKE_SYSROOT = "{sysroot}"' in str(caught.value.hint)
+    assert "container of a system with glibc 2.1" in str(caught.value.hint)
 
 
 def test_a_text_is_not_a_program(tmp_path: Path) -> None:
@@ -100,6 +122,57 @@ def test_what_was_looked_at_and_passed_is_not_looked_at_again_until_it_changes(t
     other = host(tmp_path, forbidden={"returning": "\\bret"})
     with pytest.raises(HostError, match="a uses returning"):
         runtime.check_isa(tmp_path / "bin", other, proven=proven)
+
+
+@gcc
+def test_names_of_folders_and_functions_are_no_instructions(tmp_path: Path) -> None:
+    folder = tmp_path / "p1" / "z2.0"
+    folder.mkdir(parents=True)
+    compile_program(tmp_path).rename(folder / "a")
+    target = host(tmp_path, forbidden={"SVE": r"\b[zp][0-9]+[./]", "a function": "^[0-9a-f]+ <main>:"})
+    for dispatched in ((), ("main",)):
+        isa = target.runtime.isa.model_copy(update={"dispatched": dispatched})
+        changed = target.model_copy(update={"runtime": target.runtime.model_copy(update={"isa": isa})})
+        runtime.check_isa(folder, changed)
+
+
+@gcc
+@pytest.mark.parametrize("damage", [b"", b"{", b"\xff", b"[]"])
+def test_a_damaged_record_of_what_passed_is_none(tmp_path: Path, damage: bytes) -> None:
+    (tmp_path / "bin").mkdir()
+    compile_program(tmp_path).rename(tmp_path / "bin" / "a")
+    proven = tmp_path / "isa.json"
+    proven.write_bytes(damage)
+    runtime.check_isa(tmp_path / "bin", host(tmp_path, forbidden={"nothing": "no such text"}), proven=proven)
+    assert json.loads(proven.read_text())["files"]
+
+
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@gcc
+def test_a_full_disk_leaves_the_record_of_what_passed_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bin").mkdir()
+    compile_program(tmp_path).rename(tmp_path / "bin" / "a")
+    (tmp_path / "cache").mkdir()
+    proven = tmp_path / "cache" / "isa.json"
+    proven.write_text("{}")
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(HostError, match=r"isa\.json: no space left") as caught:
+        runtime.check_isa(tmp_path / "bin", host(tmp_path, forbidden={"nothing": "no such text"}), proven=proven)
+    assert caught.value.hint
+    assert [(path.name, path.read_text()) for path in proven.parent.iterdir()] == [("isa.json", "{}")]
+
+
+def test_a_full_disk_below_the_copies_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llama = bundles.install(tmp_path / "llama")
+    monkeypatch.setattr("shutil.copyfile", full)
+    with pytest.raises(HostError, match=r"out: no space left for the programs, \d+ MiB") as caught:
+        runtime.collect(llama, bundles.target(), tmp_path / "out")
+    assert "TMPDIR" in str(caught.value.hint)
 
 
 @gcc

@@ -1,5 +1,6 @@
 """The command line as a user meets it: help, errors, exit codes."""
 
+import errno
 import json
 import platform
 import subprocess
@@ -9,8 +10,11 @@ from pathlib import Path
 import pytest
 
 from toolchain import cli
+from toolchain.errors import HostError
+from toolchain.gguf.llama_cpp import LlamaCpp
 from toolchain.pipeline import STAGE_NAMES, steps
 from toolchain.recipe import read_recipe
+from toolchain.target import read_target
 
 HEAVY = ("torch", "transformers", "pydantic", "numpy", "rich", "gguf")
 
@@ -126,6 +130,18 @@ def test_init_writes_a_recipe_that_plan_reads_once_its_files_are_there(tmp_path:
     for name in ("train.jsonl", "held_out.jsonl"):
         (tmp_path / "data" / name).write_text("")
     assert toolchain("plan", "mine.toml", cwd=tmp_path).returncode == 0
+
+
+def test_no_room_for_a_temporary_folder_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("elftools")
+
+    def none(*_: object) -> None:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr("tempfile.TemporaryDirectory", none)
+    with pytest.raises(HostError, match="no temporary folder can be made: No usable temporary") as caught:
+        cli._checked(LlamaCpp(tmp_path, "", "", ()), read_target("x86-cpu"))
+    assert "TMPDIR" in str(caught.value.hint)
 
 
 def test_schema_prints_json_schema() -> None:

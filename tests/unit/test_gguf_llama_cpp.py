@@ -13,6 +13,7 @@ import pytest
 from toolchain import errors
 from toolchain.gguf import llama_cpp, pinned
 from toolchain.reporter import Silent
+from toolchain.target import read_target
 
 CMAKELISTS = """\
 cmake_minimum_required(VERSION 3.14)
@@ -231,6 +232,49 @@ def test_a_missing_compiler_is_named_with_what_installs_one(cache: Path) -> None
     with pytest.raises(errors.HostError, match="no-such-cc") as caught:
         llama_cpp.build({"CMAKE_C_COMPILER": "no-such-cc"}, report=Silent())
     assert caught.value.hint == "apt-get install build-essential"
+
+
+@pytest.mark.parametrize(
+    ("target", "names", "hint"),
+    [
+        ("rpi5", {}, "apt-get install gcc-aarch64-linux-gnu g++-aarch64-linux-gnu libc6-dev-arm64-cross"),
+        (
+            "rpi5",
+            {"CMAKE_C_COMPILER": "x86_64-linux-gnu-gcc", "CMAKE_CXX_COMPILER": "x86_64-linux-gnu-g++"},
+            "apt-get install gcc-x86-64-linux-gnu g++-x86-64-linux-gnu libc6-dev-amd64-cross",
+        ),
+        ("rpi5", {"CMAKE_C_COMPILER": "own-cc"}, "put them on PATH, or name others"),
+        ("jetson-orin", {}, "apt-get install build-essential"),
+    ],
+)
+def test_a_missing_cross_compiler_is_named_by_its_packages(
+    monkeypatch: pytest.MonkeyPatch, target: str, names: dict[str, str], hint: str
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    error = llama_cpp._no_compiler({**read_target(target).runtime.cmake, **names})
+    assert str(error.hint).startswith(hint)
+
+
+@pytest.mark.parametrize("variable", ["TOOLCHAIN_CACHE", "XDG_CACHE_HOME"])
+@pytest.mark.parametrize("below", ["", "deep/down"])
+def test_a_cache_that_cannot_be_is_one_clear_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str, below: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.delenv("TOOLCHAIN_CACHE", raising=False)
+    monkeypatch.setenv(variable, str(tmp_path / "file" / below))
+    for call in (llama_cpp.find, lambda cmake: llama_cpp.build(cmake, report=Silent())):
+        with pytest.raises(errors.HostError, match=f"{variable}: .*file is a file") as caught:
+            call({})
+        assert "TOOLCHAIN_CACHE" in str(caught.value.hint)
+
+
+@needs_compiler
+def test_a_cache_that_cannot_be_made_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOOLCHAIN_CACHE", "/proc/cache")
+    with pytest.raises(errors.HostError, match=r"/proc/cache/llama\.cpp: cannot be made") as caught:
+        llama_cpp.build({}, report=Silent())
+    assert "TOOLCHAIN_CACHE" in str(caught.value.hint)
 
 
 def test_a_missing_build_is_an_error_that_names_the_verb(cache: Path) -> None:

@@ -44,6 +44,22 @@ def test_programs_without_the_gpus_code_are_refused_with_the_option_that_makes_i
     assert caught.value.hint == 'build with GGML_CUDA = true and CMAKE_CUDA_ARCHITECTURES = "87-real"'
 
 
+@pytest.mark.parametrize("gpu_code", [(), ("sm_87",)])
+def test_a_profile_that_promises_cuda_wants_its_backend_built(tmp_path: Path, gpu_code: tuple[str, ...]) -> None:
+    llama = bundles.install(tmp_path / "llama")
+    target = bundles.target(backend="CUDA", gpu_code=gpu_code)
+    with pytest.raises(HostError, match=r"no CUDA backend \(libggml-cuda\) in what is built for x86-cpu") as caught:
+        runtime.collect(llama, target, tmp_path / "out")
+    assert "GGML_CUDA = true" in str(caught.value.hint)
+
+
+def test_a_library_of_the_backend_is_one(tmp_path: Path) -> None:
+    llama = bundles.install(tmp_path / "llama")
+    (llama.bin / "libggml-cuda.so").write_bytes((llama.bin / "llama-bench").read_bytes())
+    facts = runtime.collect(llama, bundles.target(backend="CUDA"), tmp_path / "out")
+    assert "libggml-cuda.so" in facts.files
+
+
 @pytest.fixture
 def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     """Two small wheels in the place of NVIDIA's; whatever is to be fetched is copied from there."""

@@ -36,6 +36,26 @@ def test_packages_that_cannot_be_had_leave_nothing(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
+    ("out", "says"),
+    [
+        ("there.tar", "there.tar is there already"),
+        ("none/base.tar", "no such folder"),
+        ("/proc/base.tar", "/proc/base.tar was not written"),
+    ],
+)
+def test_where_it_cannot_be_written_is_told_before_anything_is_fetched(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, out: str, says: str
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr("toolchain.process.run", lambda *_, **__: pytest.fail("fetched"))
+    monkeypatch.setattr("toolchain.bundle.archive.require_free", lambda *_: None)
+    (tmp_path / "there.tar").write_text("kept")
+    with pytest.raises(HostError, match=says):
+        minimal_base.make(tmp_path / out, arch="x86_64", report=Silent())
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["kept"]
+
+
+@pytest.mark.parametrize(
     ("arch", "libraries"),
     [
         ("aarch64", ("libcudart.so.12", "libcublas.so.12")),

@@ -1,6 +1,7 @@
 """Recipes and target profiles: what is refused, and how it is said."""
 
 import json
+import re
 import tomllib
 from pathlib import Path
 
@@ -318,12 +319,14 @@ def test_an_unknown_target_names_those_there_are() -> None:
         ("[runtime]\npage_bytes = 5000", "page_bytes"),
         ("[runtime.isa.forbidden]\nAVX = '('", "no regular expression"),
         ("colour = 1", "unknown key 'colour'"),
+        ('[runtime]\nbackend = "cpu"', "runtime.backend: input should be 'CPU' or 'CUDA'"),
     ],
 )
 def test_a_profile_that_cannot_be_is_refused(tmp_path: Path, line: str, says: str) -> None:
     text = targets()["x86-cpu"].read_text().partition("[runtime.isa]")[0]
     if line.startswith("[runtime]"):
-        text = text.replace("[runtime]\n", f"{line}\n")
+        key = line.split()[1]
+        text = re.sub(rf"^{key} = .*\n", "", text, flags=re.MULTILINE).replace("[runtime]\n", f"{line}\n")
     elif line.startswith("["):
         text += line
     else:
@@ -331,6 +334,28 @@ def test_a_profile_that_cannot_be_is_refused(tmp_path: Path, line: str, says: st
     (tmp_path / "x86-cpu.toml").write_text(text)
     with pytest.raises(RecipeError, match=says):
         read_target(str(tmp_path / "x86-cpu.toml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        (None, "`toolchain schema --of target` lists every key"),
+        ("", "add `backend = …`; `toolchain schema --of target`"),
+        ('bakend = "CPU"', "did you mean 'backend'?"),
+    ],
+)
+def test_what_a_profile_lacks_is_told_with_what_shows_its_keys(tmp_path: Path, text: str | None, hint: str) -> None:
+    path = tmp_path / "x86-cpu.toml"
+    if text is not None:
+        path.write_text(targets()["x86-cpu"].read_text().replace('backend = "CPU"', text))
+    with pytest.raises(RecipeError) as caught:
+        read_target(str(path))
+    assert str(caught.value.hint).startswith(hint)
+
+
+def test_a_recipe_that_lacks_something_is_told_what_shows_its_keys(folder: Path) -> None:
+    for path in (folder / "none.toml", recipe_with(folder, MINIMAL.replace('name = "tiny"', ""))):
+        assert "`toolchain init` writes a recipe with every key" in str(refused(path).hint)
 
 
 def test_a_device_without_a_cross_compiler_is_not_built_for_on_another_processor() -> None:

@@ -30,8 +30,13 @@ _PYTHON_NEEDED = 10
 _JSON_LIMIT_BYTES = 16 << 20
 _BLOCK_BYTES = 1 << 20
 _LOADERS = {"x86_64": "ld-linux-x86-64.so.2", "aarch64": "ld-linux-aarch64.so.1"}
-_PYTHON = re.compile(r"(?:\./)?usr/(?:local/)?lib/python3\.(\d+)/http/client\.py")
-"""A Python with its whole standard library: Debian's python3-minimal has no json, no http."""
+_PYTHON = re.compile(r"usr/(?:local/)?bin/python3(?:\.\d+)?")
+_PYTHON_LIBRARY = re.compile(r"usr/(?:local/)?lib/python3\.(\d+)/http/client\.py")
+"""Of a Python with its whole standard library: Debian's python3-minimal has no json, no http."""
+_WHITEOUT = ".wh."
+"""What such a name continues with, the layers below do not have any more; image-spec: layer.md."""
+_OPAQUE = ".wh..wh..opq"
+"""Of the folder that has this, all that is in it below."""
 _SAVE = "for example: docker save -o base.tar debian:bookworm-slim"
 
 
@@ -115,29 +120,41 @@ class BaseImage:
 
     def check_contents(self, arch: str, libraries: Sequence[str]) -> None:
         """It has the C library and the Python that a bundle needs, and the device's own libraries. Raises HostError."""
-        python = -1
-        loader = False
-        missing = set(libraries)
-        for layer in self.layers:
-            for name in self._names(layer):
-                found = _PYTHON.fullmatch(name)
-                python = max(python, int(found[1])) if found else python
-                loader = loader or posixpath.basename(name) == _LOADERS[arch]
-                missing.discard(posixpath.basename(name))
-        if not loader:
+        found = self._found({_LOADERS[arch], *libraries})
+        names = {posixpath.basename(path) for path in found}
+        if _LOADERS[arch] not in names:
             hint = "musl will not do (Alpine); debian:bookworm-slim with the package python3 does"
             raise HostError(f"{self.path}: no glibc for {arch} in it", hint=hint)
+        python = max((int(match[1]) for path in found if (match := _PYTHON_LIBRARY.fullmatch(path))), default=-1)
         if python < _PYTHON_NEEDED:
             has = f"Python 3.{python}" if python >= 0 else "no Python with its standard library"
             raise HostError(
                 f"{self.path}: {has} in it, edgectl needs 3.{_PYTHON_NEEDED} or newer",
                 hint="apt-get install python3; python3-minimal is not enough",
             )
+        if not any(_PYTHON.fullmatch(path) for path in found):
+            hint = "apt-get install python3, which makes /usr/bin/python3"
+            raise HostError(f"{self.path}: no program python3 in it, which runs edgectl", hint=hint)
+        missing = set(libraries) - names
         if missing:
             raise HostError(
                 f"{self.path}: no {', '.join(sorted(missing))} in it, which the bundle's programs need",
                 hint="for CUDA 13: toolchain base --target jetson-orin-jp7; or NVIDIA's image, with python3 in it",
             )
+
+    def _found(self, wanted: set[str]) -> set[str]:
+        """Paths of Python and of files with a `wanted` name; what a layer above takes away is not among them."""
+        found: set[str] = set()
+        for layer in self.layers:
+            names = [posixpath.normpath(name).lstrip("/") for name in self._names(layer)]
+            gone = [name for name in names if posixpath.basename(name).startswith(_WHITEOUT)]
+            found = {path for path in found if not any(_takes_away(whiteout, path) for whiteout in gone)}
+            found.update(
+                name
+                for name in names
+                if posixpath.basename(name) in wanted or _PYTHON.fullmatch(name) or _PYTHON_LIBRARY.fullmatch(name)
+            )
+        return found
 
     def _names(self, layer: BaseLayer) -> Iterator[str]:
         try:
@@ -149,6 +166,17 @@ class BaseImage:
                     yield member.name
         except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise HostError(f"{self.path}: layer {layer.file} is damaged: {error}", hint="save it again") from None
+        except OSError as error:
+            raise HostError(f"{self.path}: layer {layer.file} cannot be read: {error.strerror}") from None
+
+
+def _takes_away(whiteout: str, path: str) -> bool:
+    """Whether `path`, of a layer below, is not there any more."""
+    folder, name = posixpath.split(whiteout)
+    if name == _OPAQUE:
+        return path.startswith(f"{folder}/" if folder else "")
+    hidden = posixpath.join(folder, name.removeprefix(_WHITEOUT))
+    return path == hidden or path.startswith(f"{hidden}/")
 
 
 @contextmanager
@@ -163,6 +191,10 @@ def open_base(path: Path, platform: dict[str, str]) -> Iterator[BaseImage]:
                 base = _from_save(path, store)
             else:
                 raise HostError(f"{path}: neither an OCI layout nor what `docker save` writes", hint=_SAVE)
+            _check_config(base.config)
+            for layer in base.layers:
+                if not store.has(layer.file):
+                    raise FileNotFoundError(layer.file)
         except FileNotFoundError as error:
             raise HostError(f"{path}: {error.filename or error} is not there", hint=_SAVE) from None
         except (tarfile.TarError, EOFError) as error:
@@ -181,6 +213,20 @@ def open_base(path: Path, platform: dict[str, str]) -> Iterator[BaseImage]:
         if not base.layers:
             raise HostError(f"{path}: has no layers", hint=_SAVE)
         yield base
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    """What an image takes over from its base is of the types that engines read. Raises ValueError."""
+    own, history = config.get("config") or {}, config.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
+        raise ValueError("history is no list of objects")
+    if not isinstance(own, dict):
+        raise ValueError("config is no object")
+    variables, labels = own.get("Env") or [], own.get("Labels") or {}
+    if not isinstance(variables, list) or not all(isinstance(entry, str) for entry in variables):
+        raise ValueError("config.Env is no list of texts")
+    if not isinstance(labels, dict) or not all(isinstance(value, str) for value in labels.values()):
+        raise ValueError("config.Labels is no object of texts")
 
 
 def _json(store: Store, name: str, digest: str | None = None) -> Any:

@@ -190,7 +190,7 @@ def _config(
 ) -> dict[str, Any]:
     """How it is started: as nobody, with the root as it is, `edgectl serve`, asked for its health."""
     start_s = float(bundle.presets()["server"]["ready_timeout_s"])
-    inherited = {key: value for key, value in base.config.get("config", {}).items() if key in ("Env", "Labels")}
+    inherited = {key: value for key, value in (base.config.get("config") or {}).items() if key in ("Env", "Labels")}
     history = [*base.history(), *({"created": CREATED, "created_by": f"toolchain pack: {name}"} for name, _ in own)]
     return {
         "created": CREATED,

@@ -49,17 +49,18 @@ def make(
             )
     platform = image.platform(arch)
     with tempfile.TemporaryDirectory(prefix="toolchain-base-") as folder:
-        root = Path(folder, "root")
+        root = Path(folder, "base")
         size_guess = _BYTES + (_CUDA_BYTES if libraries else 0)
         require_free(root.parent, _BYTES + size_guess, "the base's packages")
-        log = Path(folder, "log")
-        argv = ["sh", str(resource("docker/minimal-base.sh")), _DEBIAN[arch], str(root)]
-        argv += ["libstdc++6"] if libraries else []  # of libcudart
-        process.run(argv, log=log, hint="Debian's package servers must be reachable, see apt-get update")
-        packages = sorted(path.name for path in (root / "var/lib/dpkg/status.d").iterdir())
-        if libraries:
-            _add_cuda(root, report)
+        # Entered first: where it cannot be written is told before anything is fetched.
         with archive.finished(out, root, size_guess, force=force) as file:
+            log = Path(folder, "log")
+            argv = ["sh", str(resource("docker/minimal-base.sh")), _DEBIAN[arch], str(root)]
+            argv += ["libstdc++6"] if libraries else []  # of libcudart
+            process.run(argv, log=log, hint="Debian's package servers must be reachable, see apt-get update")
+            packages = sorted(path.name for path in (root / "var/lib/dpkg/status.d").iterdir())
+            if libraries:
+                _add_cuda(root, report)
             layout = image.Layout(file)
             layer = layout.blob(lambda write: _write_tree(root, write), PLAIN_LAYER)
             config = {

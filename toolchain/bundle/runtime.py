@@ -3,10 +3,12 @@
 glibc's symbol versions and the ELF fields are described in the System V ABI and the Linux Standard Base.
 """
 
+import errno
 import fnmatch
 import hashlib
 import json
 import platform
+import posixpath
 import re
 import shutil
 import subprocess
@@ -18,7 +20,8 @@ from elftools.elf.dynamic import DynamicSection
 from elftools.elf.elffile import ELFFile
 from elftools.elf.gnuversions import GNUVerNeedSection, GNUVerSymSection
 
-from toolchain.bundle import fatbin
+from toolchain.artifact import write_atomic
+from toolchain.bundle import command, fatbin
 from toolchain.errors import ExternalToolError, HostError
 from toolchain.gguf.llama_cpp import LlamaCpp
 from toolchain.target import TargetProfile
@@ -30,6 +33,10 @@ _GLIBC = {"libc.so.6", "libm.so.6", "libdl.so.2", "libpthread.so.0", "librt.so.1
 _LOADERS = ("ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1")
 _OBJDUMP_BYTES = 8 << 20
 """Of disassembly that is searched at a time."""
+_INSTRUCTION = re.compile(r"\s*[0-9a-f]+:\t")
+"""How objdump begins the line of one; others name the file, a section or a function."""
+_ORIGIN = re.compile(r"\$(?:ORIGIN|\{ORIGIN\})(/.*)?")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _MACHINE = {"EM_X86_64": "x86_64", "EM_AARCH64": "aarch64"}
 
 
@@ -123,17 +130,28 @@ def _newest_glibc(elf: ELFFile) -> tuple[tuple[int, ...], str]:
 def collect(llama: LlamaCpp, target: TargetProfile, out: Path) -> RuntimeFacts:
     """Copy the programs and what they need into `out`, and inspect them.
 
-    Raises HostError and ExternalToolError, naming the file, when the result could not run on the target.
+    Raises HostError and ExternalToolError, naming the file, when the result could not run on the target, HostError for
+    the disk.
     """
-    out.mkdir(parents=True)
-    for name, source in _closure(llama, target).items():
-        shutil.copyfile(source, out / name)
-        (out / name).chmod(0o755 if name in PROGRAMS else 0o644)
+    wanted = _closure(llama, target)
+    try:
+        out.mkdir(parents=True)
+        for name, source in wanted.items():
+            shutil.copyfile(source, out / name)
+            (out / name).chmod(0o755 if name in PROGRAMS else 0o644)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        size = sum(source.stat().st_size for source in wanted.values())
+        raise HostError(
+            f"{out}: no space left for the programs, {size / 2**20:.0f} MiB",
+            hint="free some space there, then run again; a temporary folder is where TMPDIR says",
+        ) from error
     elves = {path.name: read_elf(path) for path in sorted(out.iterdir())}
     for name, elf in elves.items():
         _check(name, elf, target, set(elves))
     check_isa(out, target, proven=llama.root / "isa.json")
-    _check_gpu_code(out, target)
+    _check_gpu(out, target)
     newest = max(elf.glibc for elf in elves.values())
     return RuntimeFacts(
         files=tuple(elves),
@@ -209,7 +227,8 @@ def _check(name: str, elf: Elf, target: TargetProfile, present: set[str]) -> Non
         raise HostError(
             f"{name} needs glibc {newest} (symbol {elf.glibc_symbol}), the target {target.name} has "
             f"{target.runtime.glibc_floor}",
-            hint="build on a system whose glibc is no newer than the target's, such as docker/llama-cpp",
+            hint='x86-64 code is built for glibc 2.31 by runtime.cmake.CMAKE_SYSROOT = "{sysroot}" in the profile, '
+            f"other code in a container of a system with glibc {target.runtime.glibc_floor} or older",
         )
     if elf.alignment < target.runtime.page_bytes:
         raise HostError(
@@ -223,7 +242,7 @@ def _check(name: str, elf: Elf, target: TargetProfile, present: set[str]) -> Non
             f"{name} needs {', '.join(missing)}, which is neither in the bundle nor in glibc",
             hint="build without it; runtime.device_libraries names what a device has of its own",
         )
-    outside = [entry for entry in elf.search if not entry.startswith("$ORIGIN")]
+    outside = [entry for entry in elf.search if not _stays_inside(entry)]
     if outside:
         raise HostError(
             f"{name} looks for libraries in {', '.join(repr(entry) for entry in outside)}",
@@ -231,11 +250,17 @@ def _check(name: str, elf: Elf, target: TargetProfile, present: set[str]) -> Non
         )
 
 
+def _stays_inside(entry: str) -> bool:
+    """Whether a search path that counts from where the programs lie in a bundle leads to somewhere in it."""
+    found = _ORIGIN.fullmatch(entry)
+    return found is not None and not posixpath.normpath(f"{command.PROGRAMS}{found[1] or ''}").startswith("..")
+
+
 def check_isa(folder: Path, target: TargetProfile, *, proven: Path | None = None) -> None:
     """Disassemble what is in `folder` and hold it against `target.runtime.isa`.
 
     `proven`, a file, remembers what was looked at and passed: digests of the files, by those of the rules. Raises
-    HostError that names file, instruction and rule, or a disassembler that is missing.
+    HostError that names file, instruction and rule, or a disassembler that is missing; for a full disk as well.
     """
     isa = target.runtime.isa
     if not isa.forbidden and not isa.required:
@@ -243,7 +268,7 @@ def check_isa(folder: Path, target: TargetProfile, *, proven: Path | None = None
     files = [path for path in sorted(folder.iterdir()) if not _matches(path.name, isa.chosen_at_run_time)]
     digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
     passed = {"rules": isa.model_dump(mode="json"), "files": digests}
-    if proven is not None and proven.is_file() and json.loads(proven.read_text(encoding="utf-8")) == passed:
+    if proven is not None and _read_json(proven) == passed:
         return
     libraries = {path.name for path in files if path.name.startswith("libggml-cpu")}
     computing = libraries or set(PROGRAMS)
@@ -263,16 +288,34 @@ def check_isa(folder: Path, target: TargetProfile, *, proven: Path | None = None
             )
     if proven is not None:
         try:
-            proven.write_text(json.dumps(passed) + "\n", encoding="utf-8")
-        except OSError:
+            write_atomic(proven, json.dumps(passed) + "\n")
+        except OSError as error:
+            if error.errno in _FULL:
+                raise HostError(f"{proven}: no space left", hint="free some space, then run again") from error
             return  # a cache that is not ours to write: it is looked at again the next time
 
 
-def _check_gpu_code(folder: Path, target: TargetProfile) -> None:
-    """Every `target.runtime.gpu_code` is in some library. Raises HostError."""
-    if not target.runtime.gpu_code:
+def _read_json(path: Path) -> object:
+    """What is in the file; None where there is none, or a damaged one."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _check_gpu(folder: Path, target: TargetProfile) -> None:
+    """The GPU backend that is promised is there, and every `target.runtime.gpu_code` in some file. Raises HostError."""
+    promised = target.runtime.backend == "CUDA"
+    if not promised and not target.runtime.gpu_code:
         return
-    held = {code for path in sorted(folder.iterdir()) for code in fatbin.code_in(path)}
+    files = sorted(folder.iterdir())
+    held = {code for path in files for code in fatbin.code_in(path)}
+    # Linked statically, the backend is no library: its code is in the programs.
+    if promised and not held and not any(path.name.startswith("libggml-cuda.so") for path in files):
+        raise HostError(
+            f"no CUDA backend (libggml-cuda) in what is built for {target.name}, whose runtime.backend is CUDA",
+            hint='build with GGML_CUDA = true, or give the profile runtime.backend = "CPU"',
+        )
     missing = [code for code in target.runtime.gpu_code if code not in held]
     if missing:
         raise HostError(
@@ -307,9 +350,11 @@ def _search_code(path: Path, target: TargetProfile) -> dict[str, str]:
 
 
 def _first_line(pattern: re.Pattern[str], text: str, left_out: list[range]) -> str | None:
-    """The first line of a disassembly that `pattern` matches at an address that is not `left_out`."""
+    """The first instruction of a disassembly that `pattern` matches at an address that is not `left_out`."""
     for match in pattern.finditer(text):
         start, end = text.rfind("\n", 0, match.start()) + 1, text.find("\n", match.end())
+        if not _INSTRUCTION.match(text, start):
+            continue
         line = " ".join(text[start:end].split())
         address = line.partition(":")[0]
         if not any(int(address, 16) in addresses for addresses in left_out):

@@ -55,6 +55,11 @@ _LAYOUT = 1
 _FREE_BYTES = 1_500_000_000
 """Source, objects and programs of the largest CPU build together, with room to spare."""
 
+_CROSS = re.compile(r"(?P<host>(?P<arch>x86_64|aarch64)-linux-gnu)-(?P<kind>gcc|g\+\+)")
+"""A cross compiler as Debian calls it; its package has the same words the other way round."""
+_DEBIAN = {"x86_64": "amd64", "aarch64": "arm64"}
+
+_CACHE_HINT = "set TOOLCHAIN_CACHE to a folder that is yours to write"
 _BUILD_HINT = "`toolchain llama-cpp build` fetches and builds it once; for another device: `toolchain runtime build`"
 
 
@@ -109,12 +114,17 @@ class LlamaCpp:
 
 
 def cache_folder() -> Path:
-    """$TOOLCHAIN_CACHE, $XDG_CACHE_HOME/toolchain or ~/.cache/toolchain."""
-    own = os.environ.get("TOOLCHAIN_CACHE")
-    if own:
-        return Path(own)
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "toolchain"
+    """$TOOLCHAIN_CACHE, $XDG_CACHE_HOME/toolchain or ~/.cache/toolchain. Raises HostError where none can be."""
+    own, shared = os.environ.get("TOOLCHAIN_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    folder = Path(own) if own else (Path(shared) if shared else Path.home() / ".cache") / "toolchain"
+    name = "TOOLCHAIN_CACHE" if own else "XDG_CACHE_HOME" if shared else "the cache"
+    try:
+        file = next((path for path in (folder, *folder.absolute().parents) if path.is_file()), None)
+    except OSError as error:
+        raise HostError(f"{name}: {folder} cannot be read: {error.strerror}", hint=_CACHE_HINT) from None
+    if file is not None:
+        raise HostError(f"{name}: {folder} cannot be a folder, {file} is a file", hint=_CACHE_HINT)
+    return folder
 
 
 def physical_cores() -> int:
@@ -186,7 +196,10 @@ def build(cmake: Mapping[str, str | bool], *, report: Reporter) -> LlamaCpp:
     request = _request(cmake)
     key = _key(request, compiler)
     home = cache_folder() / "llama.cpp"
-    home.mkdir(parents=True, exist_ok=True)
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HostError(f"{home}: cannot be made: {error.strerror}", hint=_CACHE_HINT) from None
     with pinned.lock(home / f"{key}.lock", report, doing="building this llama.cpp"):
         final = home / key
         if final.is_dir():
@@ -261,8 +274,15 @@ def _no_compiler(cmake: Mapping[str, str | bool]) -> HostError:
     if all(shutil.which(name) for name in names):
         hint = "put CUDA's bin folder on PATH, or name the compiler: runtime.cmake.CMAKE_CUDA_COMPILER"
         return HostError(f"no CUDA compiler: looked for {_nvcc(cmake)}", hint=hint)
-    packages = " ".join(names) if "CMAKE_SYSTEM_PROCESSOR" in cmake else "build-essential"
-    return HostError(f"no C and C++ compiler: looked for {' and '.join(names)}", hint=f"apt-get install {packages}")
+    hint = "apt-get install build-essential"
+    cross = [_CROSS.fullmatch(name) for name in names]
+    if all(cross):
+        packages = [f"{found['kind']}-{found['host'].replace('_', '-')}" for found in cross if found]
+        packages += [f"libc6-dev-{_DEBIAN[found['arch']]}-cross" for found in cross[:1] if found]
+        hint = f"apt-get install {' '.join(packages)}"
+    elif "CMAKE_SYSTEM_NAME" in cmake:
+        hint = "put them on PATH, or name others: runtime.cmake.CMAKE_C_COMPILER and CMAKE_CXX_COMPILER"
+    return HostError(f"no C and C++ compiler: looked for {' and '.join(names)}", hint=hint)
 
 
 def find(cmake: Mapping[str, str | bool]) -> LlamaCpp:
