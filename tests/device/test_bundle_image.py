@@ -46,7 +46,7 @@ def layers_for(arch: str = "amd64", python: str | None = "3.11") -> list[bytes]:
     """What a base must have, by name: the images here are inspected, not run."""
     found = [LOADER[arch]]
     if python is not None:
-        found += [f"usr/bin/python{python}", f"usr/lib/python{python}/http/client.py"]
+        found += ["usr/bin/python3", f"usr/bin/python{python}", f"usr/lib/python{python}/http/client.py"]
     return [tar_of("etc/os-release"), tar_of(*found)]
 
 
@@ -291,7 +291,7 @@ def test_a_base_for_another_processor_is_refused(built: Path, tmp_path: Path) ->
         (layers_for(python="3.9"), "Python 3.9 in it, edgectl needs 3.10 or newer"),
         ([tar_of(LOADER["amd64"], "usr/bin/python3.11")], "no Python with its standard library"),
         ([tar_of(LOADER["amd64"], "usr/lib/python3.11/http/client.py")], "no program python3 in it"),
-        ([*layers_for(), tar_of("usr/bin/.wh.python3.11")], "no program python3 in it"),
+        ([*layers_for(), tar_of("usr/bin/.wh.python3")], "no program python3 in it"),
         ([*layers_for(), tar_of("./usr/lib/.wh.python3.11")], "no Python with its standard library"),
         ([*layers_for(), tar_of("usr/lib/python3.11/http/.wh..wh..opq")], "no Python with its standard library"),
         ([*layers_for(), tar_of(".wh..wh..opq")], "no glibc for x86_64 in it"),
@@ -313,7 +313,7 @@ def test_a_base_on_which_it_could_not_run_is_refused(
 @pytest.mark.parametrize(
     "above",
     [
-        ["usr/lib/.wh.python3.1", "usr/bin/.wh.python3"],
+        ["usr/lib/.wh.python3.1", "usr/bin/.wh.python"],
         ["usr/bin/.wh..wh..opq", "usr/bin/python3"],
         ["usr/.wh.lib", "usr/lib/python3.12/http/client.py"],
     ],

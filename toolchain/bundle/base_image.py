@@ -30,7 +30,7 @@ _PYTHON_NEEDED = 10
 _JSON_LIMIT_BYTES = 16 << 20
 _BLOCK_BYTES = 1 << 20
 _LOADERS = {"x86_64": "ld-linux-x86-64.so.2", "aarch64": "ld-linux-aarch64.so.1"}
-_PYTHON = re.compile(r"usr/(?:local/)?bin/python3(?:\.\d+)?")
+_PYTHON = re.compile(r"usr/(?:local/)?bin/python3")
 _PYTHON_LIBRARY = re.compile(r"usr/(?:local/)?lib/python3\.(\d+)/http/client\.py")
 """Of a Python with its whole standard library: Debian's python3-minimal has no json, no http."""
 _WHITEOUT = ".wh."
