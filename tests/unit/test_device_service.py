@@ -85,6 +85,17 @@ def test_a_lock_that_cannot_be_had_is_named(
     assert (error.value.hint or "").startswith(hint)
 
 
+def test_a_full_disk_has_no_room_for_the_holders_name_and_is_locked_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    with Home(tmp_path).locked("gc"):
+        assert Home(tmp_path).is_locked()
+
+
 @pytest.mark.parametrize(
     "content", ['{"port": "18931"}', '{"port": true}', '{"host": 1}', '{"api_key_file": 5}', "{", "[]"]
 )
