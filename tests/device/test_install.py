@@ -1,5 +1,6 @@
 """Releases on a device: installed, tried, rolled back, killed at every step, filled up, damaged. The server is real."""
 
+import fcntl
 import json
 import os
 import re
@@ -169,15 +170,15 @@ def test_a_release_whose_programs_do_not_start_is_rolled_back(device: Device, tm
     assert device.serves() == "1"
 
 
-def _steps(device: Device) -> list[str]:
-    """What an installation of 2 over 1 does, step by step."""
-    output = _killed(device, "").stdout
-    device.wait_for("2")
+def _steps(device: Device, by: str = "2") -> list[str]:
+    """What an installation over 1 does, step by step."""
+    output = _killed(device, "", by).stdout
+    device.wait_for(by)
     return [line for line in output.splitlines() if " #" in line]
 
 
-def _killed(device: Device, step: str) -> "subprocess.CompletedProcess[str]":
-    argv = [_PYTHON, "-I", "-S", str(_KILLER), str(device.bundles["2"] / "edgectl"), step]
+def _killed(device: Device, step: str, by: str = "2") -> "subprocess.CompletedProcess[str]":
+    argv = [_PYTHON, "-I", "-S", str(_KILLER), str(device.bundles[by] / "edgectl"), step]
     argv += ["install", *device.options("install")]
     return subprocess.run(argv, cwd="/", env=_ENVIRONMENT, capture_output=True, text=True, check=False, timeout=180)
 
@@ -215,6 +216,29 @@ def test_install_killed_at_every_step_leaves_a_good_release_in_service(device: D
         device.install("2")
         assert device.serves() == "2", point
         assert [path.name for path in (device.root / "releases").iterdir() if path.name.startswith(".")] == [], point
+
+
+def test_a_reinstallation_with_another_port_killed_at_every_step_leaves_the_port_as_it_was(device: Device) -> None:
+    device.install("1")
+    home, known = releases.Home(device.root), device.port
+    name = device.release("1").name
+    other = device.port = serve.free_port()
+    steps = _steps(device, "1")
+    kept = next(step for step in steps if step.startswith("os.rename") and ".trial.json #" in step)
+    settings = [step for step in steps if "/settings/" in step and step.startswith(("open", "os.rename"))]
+    for point in [*settings, "ask #1", "ask #10", f"open {home.root}/.state.json.new #1"]:
+        if home.settings(name).port != known:
+            device.port = known
+            device.install("1")
+        device.port = other
+        assert _killed(device, point, "1").returncode == -signal.SIGKILL, point
+        is_kept = steps.index(point) > steps.index(kept) if point in steps else False
+        device.port = home.settings(name).port
+        assert device.port == (other if is_kept else known), point
+        device.wait_for("1")
+    device.port = known
+    device.install("1")
+    assert [path.name for path in (home.root / "settings").iterdir()] == [f"{name}.json"]
 
 
 def device_problems(folder: Path) -> list[str]:
@@ -332,6 +356,9 @@ def test_a_full_disk_leaves_the_good_release_in_service(made: dict[str, Path], t
         os.kill(device.server(), signal.SIGKILL)
         device.wait_for("1")
         assert len(releases.Home(device.root).names()) == 1
+        assert device.edgectl("gc").returncode == 0
+        assert device.edgectl("uninstall").returncode == 0
+        assert not device.root.exists()
     finally:
         device.edgectl("uninstall")
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
@@ -344,7 +371,24 @@ def test_a_port_that_is_taken_is_said_before_anything_is_changed(device: Device)
         result = device.edgectl("install")
     assert result.returncode == 4
     assert f"port {device.port} on 127.0.0.1 is in use" in result.stderr
+    assert "./edgectl install --port " in result.stderr
     assert device.status()["current"] is None
+
+
+def test_a_home_inside_of_the_bundle_is_refused(device: Device) -> None:
+    device.root = device.bundles["1"] / "home"
+    result = device.edgectl("install")
+    assert result.returncode == 2
+    assert "is inside the bundle" in result.stderr
+    assert not device.root.exists()
+
+
+@pytest.mark.parametrize("verb", ["gc", "rollback", "uninstall"])
+def test_a_home_that_is_not_there_is_not_made(device: Device, verb: str) -> None:
+    result = device.edgectl(verb)
+    assert result.returncode == 1
+    assert f"{device.root}: nothing is installed there" in result.stderr
+    assert not device.root.exists()
 
 
 def test_a_release_that_is_damaged_is_not_installed_from_itself(device: Device) -> None:
@@ -361,10 +405,25 @@ def test_a_release_that_is_damaged_is_not_installed_from_itself(device: Device) 
 
 def test_another_port_for_the_same_release_is_taken_up(device: Device) -> None:
     device.install("1")
-    device.port = serve.free_port()
+    supervisor, device.port = device.supervisor, serve.free_port()
     device.install("1")
     assert device.serves() == "1"
     assert device.status()["previous"] is None
+    assert device.supervisor == supervisor
+
+
+def test_a_running_service_is_opened_to_the_network_on_its_own_port(device: Device, tmp_path: Path) -> None:
+    device.install("1")
+    key = tmp_path / "key"
+    key.write_text("open sesame\n")
+    result = device.edgectl("install", "--host", "0.0.0.0", "--api-key-file", str(key))
+    assert result.returncode == 0, result.stderr
+    assert Client("127.0.0.1", device.port).request("GET", "/props")[0] == 401
+    key.unlink()
+    result = device.edgectl("status", "--json")
+    found = json.loads(result.stdout)
+    assert (result.returncode, found["answers"]) == (1, False)
+    assert str(key) in found["why_not"]
 
 
 def test_the_service_uses_what_tune_has_found_and_the_record_goes_with_the_release(device: Device) -> None:
@@ -442,12 +501,48 @@ def test_the_key_of_a_file_is_asked_for_and_an_open_address_needs_one(device: De
     result = device.edgectl("install", "--host", "0.0.0.0")
     assert result.returncode == 2
     assert "there is no API key" in result.stderr
+    assert result.stderr.splitlines()[-1] == "hint: add --api-key-file F, or leave --host out"
     key = tmp_path / "key"
     key.write_text("open sesame\n")
     result = device.edgectl("install", "--host", "0.0.0.0", "--api-key-file", str(key))
     assert result.returncode == 0, result.stderr
     assert Client("127.0.0.1", device.port).request("GET", "/props")[0] == 401
     assert Client("127.0.0.1", device.port, "open sesame").request("GET", "/props")[0] == 200
+
+
+def test_a_key_of_the_environment_is_not_the_services(device: Device) -> None:
+    device.environment = {**_ENVIRONMENT, "EDGECTL_API_KEY": "open sesame"}
+    result = device.edgectl("install")
+    assert result.returncode == 0, result.stderr
+    assert "EDGECTL_API_KEY is not used by an installation" in result.stderr
+    assert device.serves() == "1"
+
+
+def test_uninstall_ends_the_supervisor_whatever_its_note_says(device: Device) -> None:
+    device.install("1")
+    note = device.root / "status.json"
+    with subprocess.Popen(["sleep", "600"]) as other:
+        note.unlink()
+        note.write_text(json.dumps({"pid": other.pid}))
+        result = device.edgectl("uninstall")
+        lives = other.poll() is None
+        other.kill()
+    assert (result.returncode, lives) == (0, True), result.stderr
+    assert device.serves() is None
+
+
+def test_a_service_whose_process_is_not_to_be_seen_is_not_left_behind(device: Device) -> None:
+    device.install("1")
+    handle = os.open(device.root, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.kill(device.supervisor, signal.SIGKILL)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        result = device.edgectl("uninstall")
+    finally:
+        os.close(handle)
+    assert result.returncode == 1
+    assert "has a service that runs, and its process is not to be seen" in result.stderr
+    assert device.release("1").is_dir()
 
 
 def test_uninstall_leaves_what_is_not_ours(device: Device) -> None:
@@ -461,16 +556,52 @@ def test_uninstall_leaves_what_is_not_ours(device: Device) -> None:
     assert "nothing is installed there" in again.stderr
 
 
-def test_a_damaged_state_is_named_and_the_device_goes_on(device: Device) -> None:
+@pytest.mark.parametrize("content", ["{", '{"schema_version":1,"good":5,"previous":null,"failed":null}'])
+def test_a_damaged_state_is_named_and_the_device_goes_on(device: Device, content: str) -> None:
     device.install("1")
-    (device.root / "state.json").write_text("{")
+    (device.root / "state.json").write_text(content)
     os.kill(device.server(), signal.SIGKILL)
     device.wait_for("1")
-    result = device.edgectl("install", by="2")
-    assert result.returncode == 1
-    assert "state.json is damaged" in result.stderr
+    for verb in ("status", "install"):
+        result = device.edgectl(verb, by="2")
+        assert result.returncode == 1
+        assert "state.json is damaged" in result.stderr
+        assert "Traceback" not in result.stderr
     assert device.serves() == "1"
     (device.root / "state.json").unlink()
+
+
+def test_a_good_release_whose_settings_are_damaged_is_stood_in_for(device: Device) -> None:
+    device.install("1")
+    device.install("2")
+    path = device.root / "settings" / f"{device.release('2').name}.json"
+    whole = path.read_text()
+    path.write_text(json.dumps({"port": str(device.port)}))
+    result = device.edgectl("install", by="2")
+    assert result.returncode == 1
+    assert f"error: {path} is damaged" in result.stderr
+    assert device.serves() == "2"
+    (edgectl,) = _children(device.supervisor)
+    os.kill(edgectl, signal.SIGKILL)
+    device.wait_for("1")
+    path.write_text(whole)
+    device.wait_for("2")
+
+
+def test_another_port_is_given_up_when_the_installation_is_interrupted(device: Device) -> None:
+    device.install("1")
+    known, device.port = device.port, serve.free_port()
+    with device.start("install", by="1") as child:
+        assert child.stderr is not None
+        for line in child.stderr:
+            if line.startswith("answering"):
+                break
+        child.send_signal(signal.SIGINT)
+        rest = child.stderr.read()
+    assert child.returncode == 130, rest
+    assert device.serves() is None
+    device.port = known
+    assert device.serves() == "1"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -1,13 +1,17 @@
 """The systemd unit that edgectl install writes, as text; what it does is seen in tests/containers/test_systemd.py."""
 
+import errno
+import fcntl
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from toolchain.device import service
+from toolchain.device import service, supervise
+from toolchain.device.errors import DeviceError
 from toolchain.device.releases import Home, Settings
-from toolchain.device.service import Served, unit_text
+from toolchain.device.service import Served, Service, unit_text
 
 HOME = Home(Path("/var/lib/edgectl"))
 
@@ -37,6 +41,69 @@ def test_the_unit_allows_for_every_release_that_may_be_served(tmp_path: Path) ->
 def test_a_key_that_is_gone_does_not_keep_the_service_from_starting(tmp_path: Path) -> None:
     gone = Served("tiny-1", Settings(api_key_file=str(tmp_path / "gone")), _manifest())
     assert not [line for line in _lines(gone) if line.startswith("LoadCredential")]
+
+
+def test_the_unit_has_the_keys_of_a_trial_and_those_that_it_goes_back_to(tmp_path: Path) -> None:
+    tried, kept = tmp_path / "tried", tmp_path / "kept"
+    for key in (tried, kept):
+        key.touch()
+    trial = Served("tiny-1", Settings(api_key_file=str(tried)), _manifest())
+    before = Served("tiny-1", Settings(api_key_file=str(kept)), _manifest())
+    lines = _lines(trial, before)
+    assert f"LoadCredential=tiny-1:{tried}" in lines
+    assert f"LoadCredential={supervise.credential('tiny-1', str(kept))}:{kept}" in lines
+    assert len([line for line in _lines(trial, trial) if line.startswith("LoadCredential")]) == 1
+
+
+def test_whoever_looks_whether_a_service_runs_is_none(tmp_path: Path) -> None:
+    handle = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH)
+        assert not Service(Home(tmp_path), "process").runs()
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        assert Service(Home(tmp_path), "process").runs()
+    finally:
+        os.close(handle)
+
+
+@pytest.mark.parametrize(
+    ("number", "hint"),
+    [(errno.EACCES, "run as root"), (errno.EISDIR, "remove what is there"), (errno.ENOSPC, "free some space")],
+)
+def test_a_lock_that_cannot_be_had_is_named(
+    number: int, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with (
+        pytest.raises(DeviceError, match=f"{tmp_path}/lock: {os.strerror(number)}") as error,
+        Home(tmp_path).locked("gc"),
+    ):
+        pass
+    assert (error.value.hint or "").startswith(hint)
+
+
+def test_a_full_disk_has_no_room_for_the_holders_name_and_is_locked_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    with Home(tmp_path).locked("gc"):
+        assert Home(tmp_path).is_locked()
+
+
+@pytest.mark.parametrize(
+    "content", ['{"port": "18931"}', '{"port": true}', '{"host": 1}', '{"api_key_file": 5}', "{", "[]"]
+)
+def test_damaged_settings_are_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "settings").mkdir()
+    (tmp_path / "settings" / "tiny-1.json").write_text(content)
+    with pytest.raises(DeviceError, match=r"tiny-1\.json is damaged"):
+        Home(tmp_path).settings("tiny-1")
 
 
 @pytest.mark.parametrize(

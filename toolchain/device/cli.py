@@ -236,9 +236,13 @@ def _install(root: Path, options: argparse.Namespace) -> int:
     changes = {name: value for name in ("host", "port") if (value := getattr(options, name)) is not None}
     if options.api_key_file is not None:
         changes["api_key_file"] = str(options.api_key_file.absolute())
+    source = options.source if options.source is not None else root
+    service, home = _service(options), options.home.absolute()
+    if any(home.resolve().is_relative_to(bundle.resolve()) for bundle in (root, source)):
+        raise UsageError(f"--home {home}: is inside the bundle, whose files are sealed", hint="choose another folder")
     record = install.install(
-        options.source if options.source is not None else root,
-        _service(options),
+        source,
+        service,
         required=signature.policy(options.allowed_signers, options.signer),
         changes=changes,
         say=_say,

@@ -5,13 +5,13 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from . import files, place, serve, signature, smoke, supervise, tuned, unpack, verify
 from .client import Client
-from .errors import DeviceError, RolledBackError, UsageError
+from .errors import BusyError, DeviceError, RolledBackError, UsageError
 from .releases import Home, Settings, State, release_name
 from .service import Service
 
@@ -48,6 +48,8 @@ def install(
         before = home.state()
         base = home.settings(before.good) if before.good is not None else home.settings(release)
         settings = replace(base, **changes)
+        if serve.KEY_VARIABLE in os.environ and settings.api_key_file is None:
+            say(f"{serve.KEY_VARIABLE} is not used by an installation: --api-key-file F gives it keys")
         _check_settings(settings, home, service)
         return _activate(service, release, settings, say)
 
@@ -55,6 +57,8 @@ def install(
 def rollback(service: Service, *, say: Say) -> dict[str, Any]:
     """Serve the release that was good before the good one. Raises RolledBackError, DeviceError."""
     home = service.home
+    if not home.releases.is_dir():
+        raise _nothing_there(home)
     with home.locked("rollback"), _disk_errors(home):
         interrupted = _recover(home, say)
         previous = home.state().previous
@@ -67,6 +71,8 @@ def rollback(service: Service, *, say: Say) -> dict[str, Any]:
 
 def gc(home: Home, *, say: Say) -> list[str]:
     """Remove releases that are neither served nor needed for a rollback; which ones."""
+    if not home.releases.is_dir():
+        raise _nothing_there(home)
     with home.locked("gc"), _disk_errors(home):
         _recover(home, say)
         doomed = home.unneeded()
@@ -79,8 +85,8 @@ def uninstall(service: Service, *, say: Say) -> None:
     """Stop the service and remove the releases and what is kept of them. What is not ours stays."""
     home = service.home
     if not (home.releases.is_dir() or service.unit.is_file() or (home.root / tuned.FOLDER).is_dir()):
-        raise DeviceError(f"{home.root}: nothing is installed there", hint="--home names another folder")
-    with home.locked("uninstall"):
+        raise _nothing_there(home)
+    with home.locked("uninstall"), _disk_errors(home):
         say("stopping the service")
         service.stop(remove=True)
         for link in ("current", "service"):
@@ -100,6 +106,7 @@ def status(service: Service) -> dict[str, Any]:
     state, release = home.state(), home.to_serve()
     settings = home.settings(release) if release is not None else Settings()
     note = supervise.read_note(service.note)
+    silent = "no release is to be served" if release is None else _silence(home, release, settings)
     found: dict[str, Any] = {
         "schema_version": 1,
         "home": str(home.root),
@@ -109,9 +116,10 @@ def status(service: Service) -> dict[str, Any]:
         "good": state.good,
         "previous": state.previous,
         "served": release,
-        "on_trial": home.current() != state.good and home.is_locked(),
+        "on_trial": home.on_trial(),
         "address": f"{settings.host}:{settings.port}",
-        "answers": release is not None and _answers(home, release, settings),
+        "answers": silent is None,
+        "why_not": silent,
         "last_failure": state.failed,
         "stand_in": _stand_in(home, note),
         "supervisor": {key: note.get(key) for key in ("release", "state", "ended")},
@@ -132,7 +140,7 @@ def _stand_in(home: Home, note: dict[str, Any]) -> dict[str, Any] | None:
     again = "install it again from a whole copy" if wrong else f"it is whole: {home.folder(good)}/edgectl install"
     return {
         "release": release,
-        "answers": _answers(home, release, home.settings(release)),
+        "answers": _silence(home, release, home.settings(release)) is None,
         "wrong": wrong,
         "remedy": f"{again}; or edgectl rollback, to keep {release}",
     }
@@ -225,41 +233,44 @@ def _blocks(path: Path, sha256: str | None = None) -> Iterator[bytes]:
 
 
 def _check_settings(settings: Settings, home: Home, service: Service) -> None:
-    """The address can be had, or our own server has it; there are keys. Raises UsageError, DeviceError."""
+    """The address can be had, or our own server has its port; there are keys. Raises UsageError, DeviceError."""
     key_file = Path(settings.api_key_file) if settings.api_key_file is not None else None
     if key_file is not None:
         if not key_file.is_absolute():
             raise UsageError(f"--api-key-file {key_file}: a service needs its whole path")
         serve.read_keys(key_file)
-    serve.check_listen(settings.host, settings.port, has_key=key_file is not None)
-    served = home.to_serve()
-    if served is not None and service.runs():
-        now = home.settings(served)
-        if (now.host, now.port) == (settings.host, settings.port):
-            return
-    serve.check_address(settings.host, settings.port, has_key=key_file is not None)
+    try:
+        serve.check_address(settings.host, settings.port, has_key=key_file is not None)
+    except UsageError as error:
+        # The check speaks for `serve`, which a variable can give the key.
+        raise UsageError(error.message, hint=error.hint and "add --api-key-file F, or leave --host out") from None
+    except BusyError as error:
+        served = home.to_serve()
+        if served is None or not service.runs() or home.settings(served).port != settings.port:
+            free = serve.free_port(settings.host)
+            raise BusyError(error.message, hint=f"port {free} is free: ./edgectl install --port {free}") from None
 
 
 def _activate(service: Service, release: str, settings: Settings, say: Say) -> dict[str, Any]:
     """Swap, start, try, and keep or go back. Only for the holder of the lock."""
     home, before = service.home, service.home.state()
     again = release == before.good
-    old = home.settings(release) if again else None
-    home.write_settings(release, settings)
+    # Of a release that may be served again without this trial, its own address and key stay until it is over.
+    home.write_settings(release, settings, trial=release in (before.good, before.previous))
     try:
         if home.supervisor() is None:
             home.point("service", release)
         # Before the swap: the supervisor follows that at once, and would then be started anew over what it has begun.
-        anew = service.prepare(release) or (old is not None and old != settings)
+        anew = service.prepare(release)
         # What stands in for a good release does so until the supervisor starts anew.
         anew = anew or supervise.read_note(service.note).get("instead_of") is not None
         home.point("current", release)
         report = _try(service, release, settings, say, anew=anew)
     except BaseException as error:
-        if old is not None:
-            home.write_settings(release, old)
+        home.drop_trial_settings()
         _fall_back(service, before, release, error, say)
         raise  # not reached for a DeviceError
+    home.keep_settings(release)
     home.write_state(State(good=release, previous=before.previous if again else before.good, failed=before.failed))
     home.point("service", release)
     say(f"{release} is good")
@@ -290,8 +301,10 @@ def _wait_served(service: Service, release: str, settings: Settings, limit_s: fl
     end_s = time.monotonic() + limit_s
     while True:
         note = supervise.read_note(service.note)
-        state = note.get("state") if note.get("release") == release else None
-        if state == "ready" and _answers(service.home, release, settings):
+        # An older release's supervisor does not say with which settings.
+        ours = note.get("release") == release and note.get("settings") in (None, asdict(settings))
+        state = note.get("state") if ours else None
+        if state == "ready" and _silence(service.home, release, settings) is None:
             return
         if state == "ended":
             raise DeviceError(str(note.get("ended")))
@@ -302,18 +315,22 @@ def _wait_served(service: Service, release: str, settings: Settings, limit_s: fl
         time.sleep(_POLL_S)
 
 
-def _answers(home: Home, release: str, settings: Settings) -> bool:
-    """Whether it is this release's model that answers at the address."""
-    client = _client(settings, timeout_s=10)
+def _silence(home: Home, release: str, settings: Settings) -> str | None:
+    """Why it is not this release's model that answers at the address; None when it is."""
     try:
-        if client.request("GET", "/health", with_key=False)[0] != 200:
-            return False
+        client = _client(settings, timeout_s=10)
+        status, _ = client.request("GET", "/health", with_key=False)
+        if status != 200:
+            return f"/health is {status}"
         status, props = client.request("GET", "/props")
-    except (OSError, UsageError):
-        return False
+    except OSError as error:
+        return str(error)
+    except DeviceError as error:
+        return error.message
     if status != 200 or not isinstance(props, dict):
-        return False
-    return Path(str(props.get("model_path"))).is_relative_to(home.folder(release))
+        return f"/props is {status}"
+    path = str(props.get("model_path"))
+    return None if Path(path).is_relative_to(home.folder(release)) else f"another server answers, with {path}"
 
 
 def _client(settings: Settings, timeout_s: float = 600.0) -> Client:
@@ -352,6 +369,10 @@ def _fall_back(service: Service, before: State, release: str, error: BaseExcepti
             f"{release} was not good: {error.message}",
             hint=f"{back} serves again" if back else "no release is served; edgectl status",
         ) from None
+
+
+def _nothing_there(home: Home) -> DeviceError:
+    return DeviceError(f"{home.root}: nothing is installed there", hint="--home names another folder")
 
 
 def _discard(home: Home, release: str) -> None:

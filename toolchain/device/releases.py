@@ -5,16 +5,18 @@
       current → releases/…      what is to be served; another one than the good one is on trial
       service → releases/…      whose edgectl looks after the server
       state.json                which release was found good, and which one before it
-      settings/<release>.json   address and key of the server
+      settings/<release>.json   address and key of the server; <release>.trial.json: those that are being tried
       records/                  what smoke and bench found
       tuned/                    what tune found, by bundle and machine: see tuned.py
       lock                      held by whoever changes anything
 
-A release is on trial while `current` is not the good one. A trial belongs to the process that holds the lock: when that
-has died, the good release is served again, and nothing needs to have been written for it.
+A release is on trial while `current` is not the good one, and another address or key while that file is there. A trial
+belongs to the process that holds the lock: when that has died, the good release is served again, as it was before, and
+nothing needs to have been written for it.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -31,6 +33,7 @@ from .errors import BusyError, DeviceError
 
 SCHEMA_VERSION = 1
 _LOCK_WAIT_S = 10.0
+_TRIAL = ".trial.json"
 _RELEASE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*-[0-9a-f]{12}", re.ASCII)
 
 SYSTEM_HOME = Path(launch.SYSTEM_HOME)
@@ -121,39 +124,69 @@ class Home:
                 f"{self.root / 'state.json'} was written by another edgectl", hint="use the newest release's edgectl"
             )
         try:
-            return State(**content)
+            state = State(**content)
         except TypeError:
-            raise DeviceError(
-                f"{self.root / 'state.json'} is damaged", hint="install again into another --home"
-            ) from None
+            state = None
+        if state is None or not (
+            all(name is None or isinstance(name, str) for name in (state.good, state.previous))
+            and (state.failed is None or isinstance(state.failed, dict))
+        ):
+            raise DeviceError(f"{self.root / 'state.json'} is damaged", hint="remove it, then install again")
+        return state
 
     def write_state(self, state: State) -> None:
         place.replace_json(self.root / "state.json", {"schema_version": SCHEMA_VERSION, **asdict(state)})
 
     def settings(self, release: str) -> Settings:
+        """Those that are being tried while somebody is at it, else those that are kept. Raises DeviceError."""
+        path = self._settings(release, trial=True)
+        tried = _read_settings(path) if path.exists() and self.is_locked() else None
+        return tried if tried is not None else self.kept_settings(release)
+
+    def kept_settings(self, release: str) -> Settings:
         """Raises DeviceError."""
-        content = _read_object(self._settings(release))
-        try:
-            return Settings(**(content or {}))
-        except TypeError:
-            raise DeviceError(f"{self._settings(release)} is damaged", hint="install the release again") from None
+        return _read_settings(self._settings(release)) or Settings()
 
-    def write_settings(self, release: str, settings: Settings) -> None:
-        place.replace_json(self._settings(release), asdict(settings))
+    def write_settings(self, release: str, settings: Settings, *, trial: bool) -> None:
+        """`trial`: they are kept only by `keep_settings`."""
+        place.replace_json(self._settings(release, trial=trial), asdict(settings))
 
-    def _settings(self, release: str) -> Path:
-        return self.root / "settings" / f"{release}.json"
+    def keep_settings(self, release: str) -> None:
+        """What was tried, if anything was, is what is kept from now on."""
+        with contextlib.suppress(FileNotFoundError):
+            self._settings(release, trial=True).rename(self._settings(release))
+            place.sync(self.root / "settings")
+
+    def drop_trial_settings(self) -> str | None:
+        """The release that was tried with other settings, if any."""
+        dropped = None
+        for path in (self.root / "settings").glob(f"*{_TRIAL}"):
+            path.unlink()
+            dropped = path.name.removesuffix(_TRIAL)
+        return dropped
+
+    def on_trial(self) -> bool:
+        """Whether somebody tries a release, or other settings of one."""
+        current = self.current()
+        tried = current is not None and self._settings(current, trial=True).exists()
+        return (tried or current != self.state().good) and self.is_locked()
+
+    def _settings(self, release: str, *, trial: bool = False) -> Path:
+        return self.root / "settings" / f"{release}{_TRIAL if trial else '.json'}"
 
     def to_serve(self) -> str | None:
         """The release that is to be served now: the current one, or the good one when a trial was left alone.
 
         The one before it while the good one is copied anew.
         """
-        current = self.current()
+        # Of what is damaged whoever changes anything is told; the device goes on with what it has.
+        current = None
+        with contextlib.suppress(DeviceError):
+            current = self.current()
         try:
             state = self.state()
         except DeviceError:
-            state = State(current)  # damaged: whoever changes anything is told; the device goes on with what it has
+            state = State(current)
         if current is None or (current != state.good and not self.is_locked()):
             current = state.good
         there = (name for name in (current, state.previous) if name is not None and self.folder(name).is_dir())
@@ -176,17 +209,23 @@ class Home:
                     folder.mkdir(parents=True)
                     folder.chmod(0o755)  # whatever the umask is; a folder of the user's own stays as it is
         except OSError as error:
-            raise DeviceError(
-                f"{error.filename}: {error.strerror}", hint="run as root, or give a folder of yours: --home DIR"
-            ) from None
+            raise DeviceError(f"{error.filename}: {error.strerror}", hint=_what_helps(error)) from None
 
     @contextlib.contextmanager
     def locked(self, verb: str) -> Iterator[None]:
-        """Alone with the folder. Raises BusyError when another process keeps it for more than ten seconds."""
+        """Alone with the folder, which is made where it is not there. Raises DeviceError.
+
+        BusyError when another process keeps it for more than ten seconds.
+        """
         self.make()
-        handle = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        path = self.root / "lock"
         try:
-            os.fchmod(handle, 0o644)  # the service looks at it, whatever the umask was
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise DeviceError(f"{path}: {error.strerror}", hint=_what_helps(error)) from None
+        try:
+            with contextlib.suppress(PermissionError):  # another user's, who has let us write
+                os.fchmod(handle, 0o644)  # the service looks at it, whatever the umask was
             end_s = time.monotonic() + _LOCK_WAIT_S
             while not _try_lock(handle, fcntl.LOCK_EX):
                 if time.monotonic() > end_s:
@@ -194,7 +233,8 @@ class Home:
                     raise BusyError(f"{self.root} is in use: {holder}", hint="wait for it, then try again")
                 time.sleep(0.1)
             os.ftruncate(handle, 0)
-            os.pwrite(handle, f"edgectl {verb}, process {os.getpid()}\n".encode(), 0)
+            with contextlib.suppress(OSError):  # only a text: on a full disk gc and uninstall are what helps
+                os.pwrite(handle, f"edgectl {verb}, process {os.getpid()}\n".encode(), 0)
             yield
         finally:
             os.close(handle)
@@ -214,9 +254,10 @@ class Home:
         """For the holder of the lock: undo what a killed one left. The release whose trial was broken off, if any."""
         for path in place.leftovers(self.releases):
             shutil.rmtree(path)
+        retried = self.drop_trial_settings()
         state, current = self.state(), self.current()
         if current is None or current == state.good:
-            return None
+            return retried
         if state.good is None:
             (self.root / "current").unlink()
         else:
@@ -238,9 +279,18 @@ class Home:
     def remove(self, release: str) -> None:
         """A release and what is kept beside it."""
         self.remove_files(release)
-        self._settings(release).unlink(missing_ok=True)
+        for trial in (False, True):
+            self._settings(release, trial=trial).unlink(missing_ok=True)
         for path in (self.root / tuned.FOLDER).glob(f"{release[-12:]}-*.json"):
             path.unlink()
+
+
+def _what_helps(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free some space, then try again"
+    if error.errno in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST):
+        return "remove what is there in its place, or give another folder: --home DIR"
+    return "run as root, or give a folder of yours: --home DIR"
 
 
 def _try_lock(handle: int, kind: int) -> bool:
@@ -257,8 +307,28 @@ def _read_object(path: Path) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         raise DeviceError(f"{path} is damaged", hint="remove it, then install again")
     return found
+
+
+def _read_settings(path: Path) -> Settings | None:
+    content = _read_object(path)
+    if content is None:
+        return None
+    try:
+        settings = Settings(**content)
+    except TypeError:
+        settings = None
+    if settings is None or not (
+        isinstance(settings.host, str)
+        and type(settings.port) is int
+        and (settings.api_key_file is None or isinstance(settings.api_key_file, str))
+    ):
+        raise DeviceError(
+            f"{path} is damaged",
+            hint="remove it, then install again, with the --host, --port and --api-key-file wanted",
+        )
+    return settings

@@ -11,14 +11,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from . import files, place, supervise
 from .errors import DeviceError, UsageError
 from .releases import SYSTEM_HOME, Home, Settings
-from .serve import check_listen
+from .serve import KEY_VARIABLE, check_listen
 
 UNITS = Path("/etc/systemd/system")
 _SYSTEMD_RUNS = Path("/run/systemd/system")
@@ -110,7 +110,10 @@ class Service:
         """`release`, and those that are served instead without anybody writing a unit for them: when a trial is left
         alone, or when the good release does not start."""
         state = self.home.state()
-        served = [self._facts(release)]
+        first = self._facts(release)
+        served = [first]
+        with contextlib.suppress(DeviceError):  # damaged: it is written anew, or not come back to
+            served.append(replace(first, settings=self.home.kept_settings(release)))
         for other in (state.good, state.previous):
             if other is not None and other != release:
                 with contextlib.suppress(DeviceError):  # damaged: it will not be served
@@ -127,7 +130,7 @@ class Service:
         except FileNotFoundError:
             return False
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # two who look are not in each other's way
         except BlockingIOError:
             return True
         finally:
@@ -145,21 +148,48 @@ class Service:
                 with contextlib.suppress(DeviceError):  # it is known no more, unless its end was a failure
                     _systemctl("reset-failed", self.unit.name)
             return
-        pid = supervise.read_note(self.note).get("pid")
-        if not self.runs() or not isinstance(pid, int):
+        if not self.runs():
             return
-        os.kill(pid, signal.SIGTERM)
+        pids = self._supervisors()
+        if not pids and self.runs():
+            raise DeviceError(
+                f"{self.home.root} has a service that runs, and its process is not to be seen from here",
+                hint="end `edgectl supervise` where it runs, or as the user who runs it; then try again",
+            )
+        for pid in pids:
+            try:
+                os.kill(pid, signal.SIGTERM)
+            except ProcessLookupError:
+                continue
+            except PermissionError:
+                raise DeviceError(f"the service, process {pid}, is another user's", hint="run as root") from None
         end_s = time.monotonic() + _STOP_S
         while self.runs():
             if time.monotonic() > end_s:
-                raise DeviceError(f"the service, process {pid}, does not stop", hint=f"kill -9 {pid}")
+                shown = " ".join(map(str, pids))
+                raise DeviceError(f"the service, process {shown}, does not stop", hint=f"kill -9 {shown}")
             time.sleep(0.05)
+
+    def _supervisors(self) -> list[int]:
+        """Processes that supervise this home. Its note is not asked: on a full disk it tells of one that was."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError, ValueError):  # it has ended, or is another user's
+                argv = os.fsdecode((folder / "cmdline").read_bytes()).split("\0")
+                verb = argv.index("supervise")
+                home = argv[argv.index("--home", verb) + 1]
+                # As the process sees it: in a container the same path is another folder.
+                seen = Path(f"{folder}/{'root' if home.startswith('/') else 'cwd'}/{home}")
+                if Path(argv[verb - 1]).name == "edgectl" and seen.samefile(self.home.root):
+                    found.append(int(folder.name))
+        return found
 
     def _start_process(self) -> None:
         log = self.home.root / "service.log"
         with log.open("ab") as out:
             subprocess.Popen(
                 supervisor_argv(self.home),
+                env={name: value for name, value in os.environ.items() if name != KEY_VARIABLE},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
@@ -218,7 +248,11 @@ def unit_text(home: Home, name: str, served: Sequence[Served]) -> str:
     online = not hosts <= {*_OWN_ADDRESSES, "0.0.0.0", "::"}  # noqa: S104 - compared, not bound
     gpu = any(item.manifest["runtime"]["backend"] != "CPU" for item in served)
     # A file that is gone would keep the unit from starting.
-    keys = [(item.release, path) for item in served if (path := item.settings.api_key_file) and Path(path).is_file()]
+    keys: dict[str, str] = {}
+    for item in served:
+        if (path := item.settings.api_key_file) and Path(path).is_file():
+            taken = keys.get(item.release, path) != path
+            keys[supervise.credential(item.release, path) if taken else item.release] = path
     lines = [
         "# Written by edgectl install; edgectl uninstall takes it away.",
         "[Unit]",
@@ -235,7 +269,7 @@ def unit_text(home: Home, name: str, served: Sequence[Served]) -> str:
         "KillMode=mixed",
         "DynamicUser=yes",
         f"RuntimeDirectory={name}",
-        *(f"LoadCredential={release}:{path.replace('%', '%%')}" for release, path in keys),
+        *(f"LoadCredential={called}:{path.replace('%', '%%')}" for called, path in keys.items()),
         f"MemoryMax={max(memory_limit_bytes(item.manifest) for item in served)}",
         "MemorySwapMax=0",
         "OOMPolicy=continue",

@@ -7,6 +7,7 @@ edgectl, as a child: a release that is broken cannot break what leads back to th
 import contextlib
 import fcntl
 import functools
+import hashlib
 import json
 import os
 import stat
@@ -15,14 +16,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from . import place
 from .errors import BusyError, DeviceError
-from .launch import HOME_VARIABLE, die_with_parent
-from .releases import Home
+from .launch import HOME_VARIABLE, KEY_VARIABLE, die_with_parent
+from .releases import Home, Settings
 from .serve import Restarts
 
 _POLL_S = 0.1
@@ -61,30 +62,56 @@ def run(home: Home, say: Callable[[str], None]) -> None:
                 raise BusyError(f"{home.root} has a service that runs already", hint="edgectl status") from None
             time.sleep(0.01)
     note = note_path(home, os.environ.get("RUNTIME_DIRECTORY"))
-    restarts, last, failures = Restarts(), None, 0
+    last: _Wanted | None = None
+    restarts, failures = Restarts(), 0
     while True:
-        wanted = home.to_serve()
+        wanted = _wanted(home)
         if wanted is None:
-            _write_note(note, release=None, instead_of=None, state="idle", ended="no release has been found good")
+            _write_note(note, state="idle", ended="no release has been found good")
             say("no release is to be served: waiting for an installation")
-            while home.to_serve() is None:
+            while _wanted(home) is None:
                 time.sleep(_POLL_S)
             continue
         if wanted != last:
             restarts, last, failures = Restarts(), wanted, 0
-        stand_in = home.stand_in(wanted) if failures >= _FAILURES else None
+        stand_in = home.stand_in(wanted.release) if failures >= _FAILURES else None
         if stand_in is not None:
-            say(f"{wanted} does not start; {stand_in}, which was good before it, is served instead")
+            say(f"{wanted.release} does not start; {stand_in}, which was good before it, is served instead")
         start_s = time.monotonic()
-        ended = _serve(home, stand_in or wanted, wanted, note, say)
+        ended = _serve(home, stand_in or wanted.release, wanted, note, say)
         if ended is None:
             continue
         failures += ended.code != BusyError.exit_code
         wait_s = restarts.after(time.monotonic() - start_s) or Restarts.LONGEST_S
-        say(f"{stand_in or wanted}: {ended.reason}; started again in {wait_s:g} s")
+        say(f"{stand_in or wanted.release}: {ended.reason}; started again in {wait_s:g} s")
         end_s = time.monotonic() + wait_s
-        while time.monotonic() < end_s and home.to_serve() == wanted:
+        while time.monotonic() < end_s and not _is_other(home, wanted):
             time.sleep(_POLL_S)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What is to be served."""
+
+    release: str
+    settings: Settings | None
+    """None where they are damaged: what is served goes on, and does not start anew."""
+
+
+def _wanted(home: Home) -> _Wanted | None:
+    release = home.to_serve()
+    if release is None:
+        return None
+    try:
+        return _Wanted(release, home.settings(release))
+    except DeviceError:
+        return _Wanted(release, None)
+
+
+def _is_other(home: Home, wanted: _Wanted) -> bool:
+    """Whether something else than `wanted` is to be served by now."""
+    now = _wanted(home)
+    return now is None or now.release != wanted.release or now.settings not in (None, wanted.settings)
 
 
 @dataclass(frozen=True)
@@ -95,16 +122,24 @@ class _Ended:
     reason: str
 
 
-def _serve(home: Home, release: str, wanted: str, note: Path, say: Callable[[str], None]) -> _Ended | None:
-    """Serve `release` until another one than `wanted` is to be served (None), or its edgectl ends."""
-    argv = [sys.executable, *_isolated(), str(home.folder(release) / "edgectl"), "serve", *_options(home, release)]
-    instead_of = wanted if release != wanted else None
+def _serve(home: Home, release: str, wanted: _Wanted, note: Path, say: Callable[[str], None]) -> _Ended | None:
+    """Serve `release` until something else than `wanted` is to be served (None), or its edgectl ends."""
+    instead_of = wanted.release if release != wanted.release else None
     tell = functools.partial(_write_note, note, release=release, instead_of=instead_of)
+    try:
+        settings = home.settings(release)
+    except DeviceError as error:
+        tell(state="ended", ended=error.message)
+        return _Ended(error.exit_code, error.message)
+    tell = functools.partial(tell, settings=settings)
     tell(state="starting")
+    argv = [sys.executable, *_isolated(), str(home.folder(release) / "edgectl"), "serve", *_options(release, settings)]
+    # Only a file's keys are known to whoever asks the server, at the next start as well.
+    environment = {name: value for name, value in os.environ.items() if name != KEY_VARIABLE}
     try:
         child = subprocess.Popen(
             argv,
-            env={**os.environ, HOME_VARIABLE: str(home.root)},
+            env={**environment, HOME_VARIABLE: str(home.root)},
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -131,8 +166,8 @@ def _serve(home: Home, release: str, wanted: str, note: Path, say: Callable[[str
     reader.start()
     try:
         while child.poll() is None:
-            if home.to_serve() != wanted:
-                say(f"{release} makes way for another one")
+            if _is_other(home, wanted):
+                say(f"{release} makes way for another one, or for another address or key")
                 return None
             time.sleep(_POLL_S)
     finally:
@@ -155,13 +190,18 @@ def _isolated() -> list[str]:
     return ["-I", "-S"]
 
 
-def _options(home: Home, release: str) -> list[str]:
-    settings = home.settings(release)
+def credential(release: str, key_file: str) -> str:
+    """What the unit calls the key file of a release's other settings than those that it was written for."""
+    return f"{release}.{hashlib.sha256(key_file.encode()).hexdigest()[:12]}"
+
+
+def _options(release: str, settings: Settings) -> list[str]:
     options = ["--host", settings.host, "--port", str(settings.port)]
     credentials = os.environ.get("CREDENTIALS_DIRECTORY")
     key_file = settings.api_key_file
     if key_file is not None and credentials:
-        key_file = str(Path(credentials, release))  # as the unit's LoadCredential calls it
+        other = Path(credentials, credential(release, key_file))
+        key_file = str(other if other.exists() else Path(credentials, release))  # as the unit's LoadCredential calls it
     return [*options, *(["--api-key-file", key_file] if key_file is not None else [])]
 
 
@@ -176,8 +216,21 @@ def _stop(child: "subprocess.Popen[str]") -> None:
 
 
 def _write_note(
-    path: Path, *, release: str | None, instead_of: str | None, state: str, ended: str | None = None
+    path: Path,
+    *,
+    release: str | None = None,
+    instead_of: str | None = None,
+    settings: Settings | None = None,
+    state: str,
+    ended: str | None = None,
 ) -> None:
-    note = {"release": release, "instead_of": instead_of, "state": state, "ended": ended, "pid": os.getpid()}
+    note = {
+        "release": release,
+        "instead_of": instead_of,
+        "settings": None if settings is None else asdict(settings),
+        "state": state,
+        "ended": ended,
+        "pid": os.getpid(),
+    }
     with contextlib.suppress(OSError, DeviceError):  # a full disk must not stop what is served
         place.replace_json(path, note)
