@@ -2,6 +2,7 @@
 
 import hashlib
 import struct
+import subprocess
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from toolchain.bundle import fatbin, runtime
 from toolchain.errors import HostError
 from toolchain.gguf import cuda_toolkit
 from toolchain.reporter import Silent
+
+FRONT_END = '#!/bin/sh\nprintf "%s\\n" "$@"\n'
 
 
 def entry(kind: int, architecture: int, payload: bytes = b"\1" * 24) -> bytes:
@@ -64,7 +67,7 @@ def test_a_library_of_the_backend_is_one(tmp_path: Path) -> None:
 def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     """Two small wheels in the place of NVIDIA's; whatever is to be fetched is copied from there."""
     contents = {
-        "compiler": {"bin/nvcc": "#!/bin/sh\n", "include/a.h": ""},
+        "compiler": {"bin/nvcc": "#!/bin/sh\n", "bin/cudafe++": FRONT_END, "include/a.h": ""},
         "library": {"include/b.h": "", "lib/libb.so.13": "b", "lib/libheavy.so.13": "heavy", "../../out": "no"},
     }
     made: dict[str, Path] = {}
@@ -86,6 +89,14 @@ def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     monkeypatch.setattr("toolchain.process.run", fetch)
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     return made
+
+
+def test_the_front_end_is_not_told_in_which_folder_a_source_lies(wheels: dict[str, Path], tmp_path: Path) -> None:
+    made = cuda_toolkit.make(tmp_path / "cache", report=Silent())
+    source = "/tmp/any where/sdist/vendor/llama.cpp/ggml/src/a.cu"
+    argv = [str(made / "bin" / "cudafe++"), "--c++17", "--orig_src_path_name", source, "--other", source]
+    said = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+    assert said.splitlines() == ["--c++17", "--orig_src_path_name", "ggml/src/a.cu", "--other", source]
 
 
 def test_the_toolkit_is_laid_out_as_nvcc_looks_for_it(wheels: dict[str, Path], tmp_path: Path) -> None:

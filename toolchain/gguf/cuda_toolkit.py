@@ -26,6 +26,20 @@ _TOP = "nvidia/cu13/"
 _TARGETS = ("aarch64-linux", "sbsa-linux", "x86_64-linux")
 """Under whichever of these names nvcc or CMake looks for the target's half."""
 _FREE_BYTES = 1_500_000_000
+_LAYOUT = {"layout": 2}
+"""Raise when the toolkit's folder is put together otherwise."""
+_SAME_NAMES = """\
+#!/bin/sh
+# Names of symbols hold a checksum of this path: the same in a folder of any name gives the same code.
+for given in "$@"; do
+  shift
+  [ "$before" = --orig_src_path_name ] && given=${given##*/vendor/llama.cpp/}
+  set -- "$@" "$given"
+  before=$given
+done
+exec "$0.real" "$@"
+"""
+"""In the place of cudafe++, which nvcc calls."""
 
 
 def link_flags(folder: Path) -> str:
@@ -35,7 +49,7 @@ def link_flags(folder: Path) -> str:
 
 def line() -> str:
     """What it is, for the key of a build."""
-    return "; ".join(f"{wheel['name']} {wheel['version']}" for wheel in _pins())
+    return "; ".join([*(f"{wheel['name']} {wheel['version']}" for wheel in _pins()), "names without folders"])
 
 
 def nvcc_line(nvcc: str) -> str | None:
@@ -63,7 +77,8 @@ def make(cache: Path, *, report: Reporter) -> Path:
         _fill(out, _pins(), log=home / "pip.log", report=report)
         _lay_out(out)
 
-    return pinned.once(home, _pins(), fill, what="the CUDA toolkit", needed=_FREE_BYTES, report=report)
+    pins = [*_pins(), _LAYOUT]
+    return pinned.once(home, pins, fill, what="the CUDA toolkit", needed=_FREE_BYTES, report=report)
 
 
 def device_libraries() -> frozenset[str]:
@@ -132,7 +147,12 @@ def _unpack(wheel: Path, out: Path, only: list[str]) -> None:
 
 
 def _lay_out(root: Path) -> None:
-    """Plain names for libraries that have only a versioned one, and the target's half under each name it goes by."""
+    """Plain names for libraries that have only a versioned one, the target's half under each name it goes by, and code
+    that does not depend on where it is compiled."""
+    front_end = root / "bin" / "cudafe++"
+    front_end.rename(root / "bin" / "cudafe++.real")
+    front_end.write_text(_SAME_NAMES, encoding="utf-8")
+    front_end.chmod(0o755)
     for library in sorted((root / "lib").glob("lib*.so.*")):
         plain = library.with_name(library.name.partition(".so.")[0] + ".so")
         if not plain.exists():
