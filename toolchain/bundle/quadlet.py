@@ -14,7 +14,10 @@ def text(folder: Path, *, reference: str) -> str:
     Raises ArtifactError when the bundle is not as built, RecipeError for a reference that is none.
     """
     if not reference or reference[0] == "-" or any(letter.isspace() or letter in "\"'\\%$" for letter in reference):
-        raise RecipeError(f"--image {reference!r} is no image", hint="for example localhost/my-model-x86-cpu:1.0")
+        raise RecipeError(
+            f"--image {reference!r} is no image",
+            hint="as `podman load` says it, for example docker.io/library/my-model-x86-cpu:1.0",
+        )
     bundle = seal.open_whole(folder, read=True)
     manifest = bundle.manifest
     repository, _ = image.reference(bundle)
