@@ -100,6 +100,28 @@ def test_an_interval_that_ends_at_one_holds_it(interval: tuple[float, float], sa
     assert bench_compare.verdict("tokens/s", interval) == says
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "ratio"),
+    [
+        ((0.0, 0.0, 4.0), (1.0, 2.0, 4.0), None),
+        ((0.0, 2.0, 4.0), (1.0, 4.0, 4.0), 2.0),
+        ((1.0, 2.0, 4.0), (0.0, 0.0, 0.0), 0.0),
+    ],
+)
+def test_ten_seconds_without_a_token_have_no_ratio_and_do_not_keep_the_rest_from_being_compared(
+    tmp_path: Path, before: tuple[float, ...], after: tuple[float, ...], ratio: float | None
+) -> None:
+    a, b = (record({"sustained_tps": ("tokens/s", rates), "ttft_s": ("s", STEADY)}) for rates in (before, after))
+    result = compared(tmp_path, a, b)
+    still, other = result["metrics"]
+    assert still["ratio"] == ratio
+    assert (still["verdict"], still["low"]) == ("slower", 0.0) if 0.0 not in before else ("undecided", None)
+    assert (other["ratio"], other["verdict"]) == (1.0, "no difference")
+    json.dumps(result, allow_nan=False)
+    row = next(line for line in bench_compare_text.render(result).splitlines() if line.startswith("| sustained_tps"))
+    assert row.split("|")[5].strip() == ("" if ratio is None else f"{ratio:.3f}")
+
+
 def test_samples_are_not_paired_by_their_index() -> None:
     """These pairs all have one ratio: a paired interval would have no width."""
     wide = tuple(float(value) for value in range(10, 20))

@@ -221,6 +221,30 @@ def test_tokens_are_counted_by_windows_and_a_pause_is_seen() -> None:
     assert measure.per_window(arrived, 30.0) == [10.0, 2.0, 0.5]
 
 
+@pytest.mark.parametrize(
+    ("arrived", "rates", "ratio"),
+    [
+        ([(12.0, 5), (25.0, 40)], [0.0, 0.5, 4.0], None),  # its first answer took longer than a window
+        ([(29.9, 40)], [0.0, 0.0, 4.0], None),
+        ([(31.0, 40)], [0.0, 0.0, 0.0], None),
+        ([(5.0, 40), (15.0, 30), (25.0, 20)], [4.0, 3.0, 2.0], 0.5),
+        ([(5.0, 40)], [4.0, 0.0, 0.0], 0.0),
+    ],
+)
+def test_a_device_so_slow_that_nothing_came_at_first_has_no_ratio(
+    tmp_path: Path, arrived: list[tuple[float, int]], rates: list[float], ratio: float | None
+) -> None:
+    assert measure.per_window(arrived, 30.0) == rates
+    assert measure.last_to_first(rates) == ratio
+    made = measure.Record(measured=True)
+    made.add("sustained_tps", "tokens/s", rates)
+    assert made.doubts() != []
+    held = bundle(tmp_path, sustained_ratio=0.4)
+    report = gate.judge(held, record(sustained={"minutes": 0.5, "last_to_first": ratio}))
+    assert report["verdict"] == ("inconclusive" if ratio is None else "passed" if ratio >= 0.4 else "failed")
+    assert ("nothing came in the first minute" in gate.table(report)) is (ratio is None)
+
+
 def test_the_long_context_fits_the_bundle() -> None:
     options = bench.Options()
     assert options.depth_within(4096) == 2048

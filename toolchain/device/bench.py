@@ -165,7 +165,9 @@ def table(record: dict[str, Any]) -> str:
             f"{roof['read_gb_per_s']:.1f} GB/s of memory allow"
         )
     if record["sustained"] is not None:
-        lines.append(f"{'last ÷ first minute':<24}{record['sustained']['last_to_first']:>10.3f}")
+        ratio = record["sustained"]["last_to_first"]
+        shown = "unknown" if ratio is None else f"{ratio:.3f}"
+        lines.append(f"{'last ÷ first minute':<24}{shown:>10}")
     for where in ("memory", "sustained"):
         joules = (record[where] or {}).get("joules_per_generated_token")
         if joules is not None:

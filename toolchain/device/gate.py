@@ -131,8 +131,12 @@ def _value(name: str, record: dict[str, Any]) -> tuple[bool, str, float | None, 
             doubts.append("faster than memory: the model fits into the processor's cache")
         return True, "roofline_pct", value, doubts
     if name == "sustained_ratio":
-        value = _number((record.get("sustained") or {}).get("last_to_first"))
-        doubts = _foreign(record) if value is not None else ["bench ran without --sustained"]
+        sustained = record.get("sustained")
+        value = _number((sustained or {}).get("last_to_first"))
+        if value is not None:
+            doubts = _foreign(record)
+        else:
+            doubts = ["nothing came in the first minute" if sustained else "bench ran without --sustained"]
         return True, "last minute ÷ first minute", value, doubts
     raise DeviceError(
         f"presets.json has a budget {name!r} that this edgectl does not know", hint="copy the bundle again"

@@ -64,7 +64,8 @@ class Record:
             for name, metric in self.metrics.items()
             if metric["variation"] > MAX_VARIATION
         ]
-        return noisy + unsteady
+        still = [f"{name}: mostly nothing came" for name, metric in self.metrics.items() if metric["p50"] == 0]
+        return noisy + unsteady + still
 
 
 def summary(samples: Sequence[float]) -> dict[str, Any]:
@@ -156,9 +157,7 @@ def as_served(bundle: files.Bundle, options: "Options", record: Record, say: Say
         "served_prompt_tokens": [answer.timings["prompt_n"] for answer in answers],
         "served_generated_tokens": [answer.timings["predicted_n"] for answer in answers],
         "energy_source": used.source,
-        "joules_per_generated_token": None
-        if used.joules is None
-        else used.joules / sum(answer.timings["predicted_n"] for answer in answers),
+        "joules_per_generated_token": _per_token(used.joules, sum(answer.timings["predicted_n"] for answer in answers)),
     }
 
 
@@ -206,7 +205,7 @@ def _at_once(
 def sustained(bundle: files.Bundle, minutes: float, record: Record, say: Say) -> dict[str, Any]:
     """Answers without a pause: tokens/s of every ten seconds, with clock and temperature beside them.
 
-    `last_to_first` compares the medians of the last and the first minute: 1 is a device that does not slow down.
+    `last_to_first` is 1 on a device that does not slow down.
     """
     say(f"sustained: {minutes:g} minutes of answers")
     arrived: list[tuple[float, int]] = []
@@ -229,16 +228,29 @@ def sustained(bundle: files.Bundle, minutes: float, record: Record, say: Say) ->
             number += 1
     rates = per_window(arrived, minutes * 60)
     record.add("sustained_tps", "tokens/s", rates)
-    ends = min(_MINUTE, max(1, len(rates) // 2))
     total = sum(count for _, count in arrived)
     return {
         "minutes": minutes,
-        "last_to_first": statistics.median(rates[-ends:]) / statistics.median(rates[:ends]),
+        "last_to_first": last_to_first(rates),
         "tokens": total,
         "states": states,
         "energy_source": used.source,
-        "joules_per_generated_token": None if used.joules is None else used.joules / total,
+        "joules_per_generated_token": _per_token(used.joules, total),
     }
+
+
+def last_to_first(rates: Sequence[float]) -> float | None:
+    """Median rate of the last minute ÷ that of the first, or of the halves where there are no two minutes.
+
+    None where the first has windows without a token, most of them: nothing has a ratio to 0.
+    """
+    ends = min(_MINUTE, max(1, len(rates) // 2))
+    first = statistics.median(rates[:ends])
+    return statistics.median(rates[-ends:]) / first if first else None
+
+
+def _per_token(joules: float | None, tokens: int) -> float | None:
+    return joules / tokens if joules is not None and tokens else None
 
 
 def per_window(arrived: Sequence[tuple[float, int]], end_s: float) -> list[float]:
