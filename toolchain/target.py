@@ -24,6 +24,7 @@ def _compiles(pattern: str) -> str:
 
 
 Pattern = Annotated[str, AfterValidator(_compiles)]
+ModeName = Annotated[str, StringConstraints(min_length=1)]
 
 
 class Isa(Settings):
@@ -91,8 +92,8 @@ class Budgets(Settings):
     """At most; peak resident memory ÷ bytes of the model."""
     sustained_ratio: float | None = Field(None, gt=0, le=1.5)
     """At least; last ÷ first minute of a sustained run."""
-    power_mode: str | None = None
-    """The mode that the others are meant for; in another one nothing is judged."""
+    power_mode: ModeName | Annotated[tuple[ModeName, ...], Field(min_length=1)] | None = None
+    """The mode that the others are meant for, or several, as `nvpmodel -q` has them; in another nothing is judged."""
 
 
 class TargetProfile(Settings):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from toolchain.device.system import System
 from toolchain.target import Budgets
 
 BUNDLE = "sha256:" + "a" * 64
+FREE: dict[str, Any] = {"throttling": {"now": [], "since_boot": None}}
 
 
 def bundle(tmp_path: Path, **budgets: Any) -> files.Bundle:
@@ -44,7 +46,7 @@ def record(**changes: Any) -> dict[str, Any]:
         "roofline": {"pct": 60.0},
         "sustained": None,
         "device": {"power_mode": "15W", "throttling": {"now": [], "since_boot": []}},
-        "device_after": {"throttling": None},
+        "device_after": {"power_mode": "15W", "throttling": None},
         "foreign_cpu_share": made.foreign,
         "metrics": made.metrics,
         **changes,
@@ -70,6 +72,8 @@ def record(**changes: Any) -> dict[str, Any]:
         ({"decode_tps": 9.0, "sustained_ratio": 0.9}, "inconclusive"),
         ({"decode_tps": 9.0, "power_mode": "15W"}, "passed"),
         ({"decode_tps": 9.0, "power_mode": "25W"}, "inconclusive"),
+        ({"decode_tps": 9.0, "power_mode": ("25W", "15W")}, "passed"),
+        ({"decode_tps": 9.0, "power_mode": ("25W", "MAXN")}, "inconclusive"),
     ],
 )
 def test_every_budget_is_held_against_its_figure(tmp_path: Path, budgets: dict[str, Any], verdict: str) -> None:
@@ -109,6 +113,11 @@ def test_every_budget_of_a_profile_is_known_to_the_device(tmp_path: Path) -> Non
         ({"measured": False, "emulated": "by qemu"}, "not measured on the device: by qemu"),
         ({"device": {"throttling": {"now": ["under-voltage"]}}}, "throttled: under-voltage"),
         ({"device_after": {"throttling": {"now": ["throttled"]}}}, "throttled: throttled"),
+        ({"throttled": {"llama-bench": ["throttled"]}}, "throttled: throttled"),
+        ({"sustained": {"states": [FREE, {"throttling": {"now": ["cpufreq at 3 of 10"]}}]}}, "cpufreq at 3 of 10"),
+        ({"device_after": {"throttling": {"now": [], "since_boot": ["under-voltage"]}}}, "throttled: under-voltage"),
+        ({"device_after": {"power_mode": "7W", "throttling": None}}, "the power mode changed: 15W, 7W"),
+        ({"sustained": {"states": [{**FREE, "power_mode": "7W"}]}}, "the power mode changed: 15W, 7W"),
         ({"foreign_cpu_share": {"llama-bench": 0.2}}, "other programs used 20.0% of the processors"),
     ],
 )
@@ -119,6 +128,41 @@ def test_a_doubtful_record_neither_passes_nor_fails(
     report = gate.judge(bundle(tmp_path, decode_tps=limit), record(**changes))
     assert report["verdict"] == "inconclusive"
     assert reason in gate.table(report)
+
+
+def test_what_was_throttled_before_the_run_does_not_count(tmp_path: Path) -> None:
+    earlier: dict[str, Any] = {"power_mode": "15W", "throttling": {"now": [], "since_boot": ["cores too hot, 2 times"]}}
+    held = bundle(tmp_path, decode_tps=9.0)
+    assert gate.judge(held, record(device=earlier, device_after=earlier))["verdict"] == "passed"
+    again = {**earlier, "throttling": {"now": [], "since_boot": ["cores too hot, 3 times"]}}
+    report = gate.judge(held, record(device=earlier, device_after=again))
+    assert (report["verdict"], report["doubts"]) == ("inconclusive", ["throttled: cores too hot, 3 times"])
+
+
+def test_budgets_for_a_power_mode_are_not_for_an_unknown_one_at_the_end(tmp_path: Path) -> None:
+    held = bundle(tmp_path, decode_tps=9.0, power_mode=("15W",))
+    assert gate.judge(held, record())["verdict"] == "passed"
+    report = gate.judge(held, record(device_after={"throttling": None}))
+    assert report["doubts"] == ["the power mode is unknown, the budgets are for 15W"]
+
+
+def test_a_clock_that_is_held_down_in_the_middle_of_a_part_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "_WATCH_S", 0.02)
+    device = "/sys/class/thermal/cooling_device0"
+    system = write(tmp_path, {f"{device}/type": "cpufreq-cpu0", f"{device}/cur_state": "0", f"{device}/max_state": "9"})
+    with measure.Throttling(system) as free:
+        time.sleep(0.1)
+    with measure.Throttling(system) as held:
+        time.sleep(0.1)
+        write(tmp_path, {f"{device}/cur_state": "3"})
+        end_s = time.monotonic() + 10
+        while not held.reasons and time.monotonic() < end_s:
+            time.sleep(0.01)
+        write(tmp_path, {f"{device}/cur_state": "0"})
+        time.sleep(0.1)
+    assert (free.reasons, held.reasons) == ([], ["cpufreq-cpu0 at 3 of 9"])
 
 
 def test_samples_that_vary_are_inconclusive(tmp_path: Path) -> None:
@@ -194,8 +238,6 @@ def test_energy_of_a_jetson_is_the_integral_over_its_input_rail(tmp_path: Path) 
         {f"{sensor}/in1_label": "VDD_IN", f"{sensor}/in1_input": "5000", f"{sensor}/curr1_input": "2000"},
     )
     with energy.Meter(system) as used:
-        import time
-
         time.sleep(0.9)
     assert used.joules is not None
     assert 10 * 0.2 <= used.joules <= 10 * 5

@@ -4,7 +4,7 @@ Every sample is kept, with the conditions it was taken under. A noisy record is 
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -80,12 +80,20 @@ def run(bundle: files.Bundle, options: Options, say: Callable[[str], None]) -> d
     eviction = measure.cold_starts(bundle, options, record, say)
     minutes = options.sustained_minutes
     sustained = measure.sustained(bundle, minutes, record, say) if minutes else None
-    doubts = record.doubts()
+    figures = {
+        "device": before,
+        "device_after": probe.state(),
+        "throttled": record.throttled,
+        "page_cache": eviction,
+        "foreign_cpu_share": record.foreign,
+        "memory": memory,
+        "roofline": roofline(record, options, bundle, read_gb_per_s),
+        "sustained": sustained,
+        "metrics": record.metrics,
+    }
+    doubts = record.doubts() + state_doubts(figures)
     if not eviction["eviction_verified"]:
         doubts.append("the files could not be shown to have left the page cache before the evicted starts")
-    after = probe.state()
-    throttled = [reason for state in (before, after) for reason in (state["throttling"] or {}).get("now") or []]
-    doubts += [f"throttled: {reason}" for reason in dict.fromkeys(throttled)]
     return {
         "schema_version": SCHEMA_VERSION,
         "measured": emulated is None,
@@ -101,15 +109,29 @@ def run(bundle: files.Bundle, options: Options, say: Callable[[str], None]) -> d
         "seconds": round(time.monotonic() - started_s, 1),
         "threads": threads,
         "options": asdict(options),
-        "device": before,
-        "device_after": after,
-        "page_cache": eviction,
-        "foreign_cpu_share": record.foreign,
-        "memory": memory,
-        "roofline": roofline(record, options, bundle, read_gb_per_s),
-        "sustained": sustained,
-        "metrics": record.metrics,
+        **figures,
     }
+
+
+def state_doubts(record: Mapping[str, Any]) -> list[str]:
+    """What the device went through while a record was taken that speaks against all figures: throttling, another mode.
+
+    A clock that is held down for minutes may be free again at the end, where the bench waits for the disk: every state
+    in the record counts, and what is new since boot.
+    """
+    before, after = record.get("device") or {}, record.get("device_after") or {}
+    states = [before, after, *((record.get("sustained") or {}).get("states") or [])]
+    told = [state.get("throttling") or {} for state in states]
+    reasons = [reason for part in told for reason in part.get("now") or []]
+    reasons += [reason for part in (record.get("throttled") or {}).values() for reason in part]
+    at_first, at_last = (part.get("since_boot") for part in told[:2])
+    if at_first is not None and at_last is not None:
+        reasons += [reason for reason in at_last if reason not in at_first]
+    doubts = [f"throttled: {reason}" for reason in dict.fromkeys(reasons)]
+    modes = list(dict.fromkeys(str(state["power_mode"]) for state in states if state.get("power_mode")))
+    if len(modes) > 1:
+        doubts.append(f"the power mode changed: {', '.join(modes)}")
+    return doubts
 
 
 def roofline(record: Record, options: Options, bundle: files.Bundle, read_gb_per_s: float | None) -> dict[str, Any]:

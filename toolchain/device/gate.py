@@ -66,19 +66,19 @@ def _overall(rows: list[dict[str, Any]]) -> str:
     return next(verdict for verdict in ("failed", "inconclusive", "passed") if verdict in verdicts)
 
 
-def _doubts(record: dict[str, Any], power_mode: str | None) -> list[str]:
+def _doubts(record: dict[str, Any], power_mode: str | list[str] | None) -> list[str]:
     """Why nothing that was measured counts."""
     doubts = []
     if record.get("measured") is not True:
         doubts.append(f"not measured on the device: {record.get('emulated')}")
-    for when in ("device", "device_after"):
-        throttled = ((record.get(when) or {}).get("throttling") or {}).get("now")
-        if throttled:
-            doubts.append(f"throttled: {', '.join(throttled)}")
-    used = (record.get("device") or {}).get("power_mode")
-    if power_mode is not None and used != power_mode:
-        doubts.append(f"the power mode is {used or 'unknown'}, the budgets are for {power_mode}")
-    return list(dict.fromkeys(doubts))
+    doubts += bench.state_doubts(record)
+    if power_mode is not None:
+        meant = [power_mode] if isinstance(power_mode, str) else power_mode
+        used = [(record.get(when) or {}).get("power_mode") for when in ("device", "device_after")]
+        other = [mode for mode in used if mode not in meant]
+        if other:
+            doubts.append(f"the power mode is {other[0] or 'unknown'}, the budgets are for {' or '.join(meant)}")
+    return doubts
 
 
 def _row(name: str, limit: float, record: dict[str, Any], general: list[str]) -> dict[str, Any]:

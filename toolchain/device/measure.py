@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Any
 from . import energy, files, meter, probe, serve
 from .client import Client, Messages, Streamed
 from .errors import DeviceError
+from .system import HERE, System
 
 if TYPE_CHECKING:
     from .bench import Options
 
 MAX_VARIATION = 0.05
 _EVICTED_SHARE = 0.01
+_WATCH_S = 5.0
+"""A board throttles for longer, and what it did since boot is compared as well."""
 _WINDOW_S = 10.0
 _MINUTE = 6
 """Windows of ten seconds."""
@@ -34,23 +37,55 @@ _WORDS = (  # noqa: SIM905 - thirty words are easier to read as text
 Say = Callable[[str], None]
 
 
+class Throttling:
+    """What lowered the clock over a `with` block: asked at its start, every five seconds, and at its end."""
+
+    def __init__(self, system: System = HERE) -> None:
+        self._system = system
+        self.reasons: list[str] = []
+        """Each once, in the order they were seen."""
+
+    def __enter__(self) -> "Throttling":
+        self._ended = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._watcher.join()
+
+    def _watch(self) -> None:
+        last = False
+        while True:
+            found = (probe.throttling(self._system) or {}).get("now") or []
+            self.reasons += [reason for reason in found if reason not in self.reasons]
+            if last:
+                return
+            last = self._ended.wait(_WATCH_S)
+
+
 class Record:
-    """Samples by metric, and foreign processor time by the part of the measurement."""
+    """Samples by metric; foreign processor time and throttling by the part of the measurement."""
 
     def __init__(self, *, measured: bool) -> None:
         self.measured = measured
         """Whether the figures are this machine's own, and not those of an emulation."""
         self.metrics: dict[str, dict[str, Any]] = {}
         self.foreign: dict[str, float] = {}
+        self.throttled: dict[str, list[str]] = {}
+        """Parts in which the clock was held down, and by what."""
 
     def add(self, name: str, unit: str, samples: Sequence[float]) -> None:
         self.metrics[name] = {"unit": unit, "measured": self.measured, **summary(samples)}
 
     @contextlib.contextmanager
     def metered(self, part: str) -> Iterator[None]:
-        with meter.ForeignCpu() as foreign:
+        with meter.ForeignCpu() as foreign, Throttling() as throttling:
             yield
         self.foreign[part] = foreign.share
+        if throttling.reasons:
+            self.throttled[part] = throttling.reasons
 
     def doubts(self) -> list[str]:
         """Why the figures may not be the machine's own; empty when nothing speaks against them."""
