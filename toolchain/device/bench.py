@@ -24,6 +24,7 @@ class Options:
     """How much is measured."""
 
     repetitions: int = 5
+    """Of each figure; several clients ask at once as often."""
     cold_starts: int = 5
     """Starts with the page cache warm, and as many with it evicted."""
     prompt_tokens: int = 512

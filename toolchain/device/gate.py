@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from . import bench, files
+from . import bench, files, measure
 from .errors import DeviceError, UsageError
 
 SCHEMA_VERSION = 1
@@ -134,7 +134,10 @@ def _value(name: str, record: dict[str, Any]) -> tuple[bool, str, float | None, 
         sustained = record.get("sustained")
         value = _number((sustained or {}).get("last_to_first"))
         if value is not None:
-            doubts = _foreign(record)
+            # Half of a short run stands for its first minute, and half for its last.
+            windows = (metrics.get("sustained_tps") or {}).get("samples") or []
+            few = measure.too_few("first and last minute, ten seconds each", windows[: len(windows) // 2])
+            doubts = ([few] if few else []) + _foreign(record)
         else:
             doubts = ["nothing came in the first minute" if sustained else "bench ran without --sustained"]
         return True, "last minute ÷ first minute", value, doubts
@@ -144,7 +147,8 @@ def _value(name: str, record: dict[str, Any]) -> tuple[bool, str, float | None, 
 
 
 def _noise(metric: str, found: dict[str, Any], record: dict[str, Any]) -> list[str]:
-    doubts = []
+    few = measure.too_few(metric, found.get("samples") or [])
+    doubts = [few] if few else []
     variation = _number(found.get("variation"))
     if variation is None or variation > bench.MAX_VARIATION:
         doubts.append(

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .bench import Options
 
 MAX_VARIATION = 0.05
+FEWEST_SAMPLES = 5
+"""Fewer say next to nothing of how much a figure varies: a single one does not vary at all."""
 _EVICTED_SHARE = 0.01
 _WATCH_S = 5.0
 """A board throttles for longer, and what it did since boot is compared as well."""
@@ -28,8 +30,6 @@ _WINDOW_S = 10.0
 _MINUTE = 6
 """Windows of ten seconds."""
 _ANSWER_TOKENS = 256
-_ROUNDS = 3
-"""Times that several clients ask at once."""
 _WORDS = (  # noqa: SIM905 - thirty words are easier to read as text
     "river stone light paper window garden winter market silver engine bridge letter circle number forest summer "
     "travel music table doctor island simple answer moment corner yellow planet history kitchen weather morning"
@@ -75,9 +75,13 @@ class Record:
         self.foreign: dict[str, float] = {}
         self.throttled: dict[str, list[str]] = {}
         """Parts in which the clock was held down, and by what."""
+        self._unlike: set[str] = set()
 
-    def add(self, name: str, unit: str, samples: Sequence[float]) -> None:
+    def add(self, name: str, unit: str, samples: Sequence[float], *, alike: bool = True) -> None:
+        """`alike`: the samples are of the same thing, so that what they vary by is noise."""
         self.metrics[name] = {"unit": unit, "measured": self.measured, **summary(samples)}
+        if not alike:
+            self._unlike.add(name)
 
     @contextlib.contextmanager
     def metered(self, part: str) -> Iterator[None]:
@@ -97,10 +101,18 @@ class Record:
         unsteady = [
             f"{name}: samples vary by {metric['variation']:.1%}"
             for name, metric in self.metrics.items()
-            if metric["variation"] > MAX_VARIATION
+            if metric["variation"] > MAX_VARIATION and name not in self._unlike
         ]
+        few = [doubt for name, metric in self.metrics.items() if (doubt := too_few(name, metric["samples"]))]
         still = [f"{name}: mostly nothing came" for name, metric in self.metrics.items() if metric["p50"] == 0]
-        return noisy + unsteady + still
+        return noisy + few + unsteady + still
+
+
+def too_few(name: str, samples: Sequence[float]) -> str | None:
+    """That there are too few samples, and how many it takes."""
+    if len(samples) >= FEWEST_SAMPLES:
+        return None
+    return f"{name}: {len(samples)} sample{'' if len(samples) == 1 else 's'}, at least {FEWEST_SAMPLES} are needed"
 
 
 def summary(samples: Sequence[float]) -> dict[str, Any]:
@@ -200,19 +212,20 @@ def _many_clients(client: Client, options: "Options", record: Record, say: Say) 
     """TTFT and TPOT of clients that ask at the same time; what has no slot of the server waits in its queue."""
     for clients in options.clients[1:]:
         say(f"as served: {clients} clients at once")
-        seeds = range(1000 * clients, 1000 * clients + clients * _ROUNDS)
+        seeds = range(1000 * clients, 1000 * clients + clients * options.repetitions)
         prompts = [_prompt(client, options.prompt_tokens, seed) for seed in seeds]
         answers: list[Streamed] = []
         failures: list[BaseException] = []
         taken_s: list[float] = []
         with record.metered(f"{clients} clients"):
-            for turn in range(_ROUNDS):
+            for turn in range(options.repetitions):
                 start_s = time.perf_counter()
                 answers += _at_once(client, prompts[turn * clients : (turn + 1) * clients], options, failures)
                 taken_s.append(time.perf_counter() - start_s)
         if failures:
             raise failures[0]
-        record.add(f"ttft_{clients}_clients_s", "s", [answer.ttft_s for answer in answers])
+        # Of those who ask at once one is answered first.
+        record.add(f"ttft_{clients}_clients_s", "s", [answer.ttft_s for answer in answers], alike=False)
         record.add(f"tpot_{clients}_clients_s", "s", [answer.tpot_s for answer in answers])
         each = [clients * options.generated_tokens / seconds for seconds in taken_s]
         record.add(f"served_{clients}_clients_tps", "tokens/s", each)
