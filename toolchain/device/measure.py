@@ -200,6 +200,7 @@ def as_served(bundle: files.Bundle, options: "Options", record: Record, say: Say
     record.add("served_decode_tps", "tokens/s", [1 / answer.tpot_s for answer in answers])
     record.add("served_prefill_tps", "tokens/s", [answer.timings["prompt_per_second"] for answer in answers])
     return {
+        "measured": record.measured,
         **memory,
         "served_prompt_tokens": [answer.timings["prompt_n"] for answer in answers],
         "served_generated_tokens": [answer.timings["predicted_n"] for answer in answers],
@@ -278,6 +279,7 @@ def sustained(bundle: files.Bundle, minutes: float, record: Record, say: Say) ->
     record.add("sustained_tps", "tokens/s", rates)
     total = sum(count for _, count in arrived)
     return {
+        "measured": record.measured,
         "minutes": minutes,
         "last_to_first": last_to_first(rates),
         "tokens": total,
@@ -340,6 +342,7 @@ def cold_starts(bundle: files.Bundle, options: "Options", record: Record, say: S
     verified = all(share is not None and share <= _EVICTED_SHARE for share in residents)
     detail = "checked with mincore" if verified else "could not be verified: treat the evicted figures as warm"
     return {
+        "measured": record.measured,
         "eviction_verified": verified,
         "detail": detail,
         "resident_share_after_eviction": residents,
