@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, StringConstraints
 
 from toolchain.errors import HostError, RecipeError
-from toolchain.recipe import Name
+from toolchain.recipe import Bench, Name
 from toolchain.resources import resource
 from toolchain.settings import Settings, read_toml
 
@@ -106,6 +106,8 @@ class TargetProfile(Settings):
     """Of the smallest board that is meant; left out: any. Model, cache and server must fit into it."""
     runtime: Runtime
     server: Server = Server()
+    bench: Bench = Bench()
+    """How `edgectl bench` measures where it is not told otherwise."""
     budgets: Budgets = Budgets()
 
     def check_build_host(self, machine: str) -> None:

@@ -331,7 +331,11 @@ def test_bench_writes_a_record_with_every_sample_and_its_conditions(bundle: Path
     assert record["memory"]["peak_rss_bytes"] >= record["memory"]["pss_bytes"] > 0
     assert record["bundle"] == files.open_bundle(bundle).id
     assert record["measured"] is True
-    assert record["conclusive"] is (not record["inconclusive_because"])
+    assert record["conclusive"] is False
+    assert "ttft_s: 2 samples, at least 5 are needed" in record["inconclusive_because"]
+    changed = ["repetitions", "cold_starts", "prompt_tokens", "generated_tokens", "clients", "sustained_minutes"]
+    assert record["other_than_regime"] == changed
+    assert f"measured as the bundle says, but for {', '.join(changed)}" in result.stdout
     assert set(record["foreign_cpu_share"]) == {
         "memory bandwidth",
         "llama-bench",
@@ -351,6 +355,24 @@ def test_bench_writes_a_record_with_every_sample_and_its_conditions(bundle: Path
     assert gated.returncode in (0, 5, 6)
     assert gated.stdout.splitlines()[-1].startswith("all together: ")
     assert "pp64_tps" in result.stdout
+
+
+def test_bench_measures_as_the_bundle_says_where_it_is_not_told_otherwise(bundle: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy)
+    presets = json.loads((copy / "presets.json").read_text())
+    regime = {"prompt_tokens": 32, "generated_tokens": 4, "repetitions": 3, "cold_starts": 1, "depth": 0}
+    presets["bench"]["options"] |= {**regime, "clients": [1]}
+    (copy / "presets.json").write_text(json.dumps(presets))
+    result = edgectl(copy, "bench", "--repetitions", "2", "--json")
+    assert result.returncode == 0, result.stderr
+    record = json.loads(result.stdout)
+    assert record["options"] == {
+        **{**regime, "repetitions": 2, "clients": [1]},
+        **{"sustained_minutes": 0.0, "cool_down_s": 0.0},
+    }
+    assert record["other_than_regime"] == ["repetitions"]
+    assert len(record["metrics"]["pp32_tps"]["samples"]) == 2
 
 
 def test_bench_refuses_what_does_not_fit_the_context(bundle: Path) -> None:

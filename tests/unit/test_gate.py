@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from toolchain.bundle import command
 from toolchain.device import bandwidth, bench, energy, files, gate, measure
-from toolchain.device.errors import UsageError
+from toolchain.device.errors import DeviceError, UsageError
 from toolchain.device.system import System
-from toolchain.target import Budgets
+from toolchain.recipe import Bench
+from toolchain.target import Budgets, read_target, targets
 
 BUNDLE = "sha256:" + "a" * 64
 FREE: dict[str, Any] = {"throttling": {"now": [], "since_boot": None}}
@@ -322,6 +324,48 @@ def test_a_sustained_run_is_judged_by_its_first_and_last_minute(
     assert reason is not None or report["budgets"][0]["because"] == []
 
 
+def with_regime(tmp_path: Path, **options: Any) -> files.Bundle:
+    target = read_target("x86-cpu").model_copy(update={"bench": Bench(**options)})
+    presets = command.presets(target, model="m", alias="a", context=4096)
+    (tmp_path / "presets.json").write_text(json.dumps(presets))
+    return files.Bundle(tmp_path, {}, "0" * 64)
+
+
+def test_a_bundle_is_measured_as_its_target_says(tmp_path: Path) -> None:
+    assert bench.regime(with_regime(tmp_path)) == bench.Options()
+    given: dict[str, Any] = {"depth": 1024, "clients": (1, 3), "sustained_minutes": 10.0, "cool_down_s": 60.0}
+    assert bench.regime(with_regime(tmp_path, **given)) == bench.Options(**given)
+    presets = json.loads((tmp_path / "presets.json").read_text())
+    del presets["bench"]["options"]  # as bundles had it before
+    (tmp_path / "presets.json").write_text(json.dumps(presets))
+    assert bench.regime(files.Bundle(tmp_path, {}, "0" * 64)) == bench.Options()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"tokens": 5}, {"depth": "5"}, {"depth": 5.5}, {"depth": True}, {"clients": 1}, {"clients": [1.5]}]
+)
+def test_a_regime_that_is_not_known_is_one_clear_error(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    with_regime(tmp_path)
+    presets = json.loads((tmp_path / "presets.json").read_text())
+    presets["bench"]["options"] |= wrong
+    (tmp_path / "presets.json").write_text(json.dumps(presets))
+    with pytest.raises(DeviceError, match=f"presets.json has a bench option '{next(iter(wrong))}'"):
+        bench.regime(files.Bundle(tmp_path, {}, "0" * 64))
+
+
+def test_what_a_recipe_gives_comes_before_its_target(tmp_path: Path) -> None:
+    of_target = Bench(repetitions=9, sustained_minutes=10.0)
+    assert Bench(repetitions=5).or_else(of_target) == Bench(repetitions=5, sustained_minutes=10.0)
+    assert Bench().or_else(of_target) == of_target
+
+
+@pytest.mark.parametrize("name", targets())
+def test_a_profile_that_asks_for_a_sustained_run_has_one_in_its_regime(name: str) -> None:
+    profile = read_target(name)
+    if profile.budgets.sustained_ratio is not None and name != "x86-cpu":  # where ten minutes more are the demo's
+        assert 60 * profile.bench.sustained_minutes >= 2 * measure.FEWEST_SAMPLES * 10
+
+
 def test_the_long_context_fits_the_bundle() -> None:
     options = bench.Options()
     assert options.depth_within(4096) == 2048
@@ -338,6 +382,8 @@ def test_the_long_context_fits_the_bundle() -> None:
         (bench.Options(clients=(1, 0)), "--clients 1,0"),
         (bench.Options(sustained_minutes=0.1), "--sustained 0.1: from 0.5 to 600 minutes"),
         (bench.Options(sustained_minutes=float("nan")), "--sustained nan"),
+        (bench.Options(cool_down_s=-1), "--cool-down -1: from 0 to 3600 seconds"),
+        (bench.Options(cool_down_s=float("nan")), "--cool-down nan"),
     ],
 )
 def test_more_options_of_bench_have_bounds(options: bench.Options, message: str) -> None:

@@ -5,11 +5,11 @@ Every sample is kept, with the conditions it was taken under. A noisy record is 
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from . import bandwidth, files, measure, meter, probe, serve
-from .errors import UsageError
+from .errors import DeviceError, UsageError
 from .measure import Record
 
 SCHEMA_VERSION = 1
@@ -17,6 +17,7 @@ MAX_VARIATION = measure.MAX_VARIATION
 MAX_FOREIGN_SHARE = meter.MAX_FOREIGN_SHARE
 _MOST_CLIENTS = 64
 _SHORTEST_SUSTAINED, _LONGEST_SUSTAINED = 0.5, 600
+_LONGEST_COOL_DOWN_S = 3600
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Options:
     """How many ask at the same time; the first is always one."""
     sustained_minutes: float = 0.0
     """Answers without a pause; 0 leaves it out."""
+    cool_down_s: float = 0.0
+    """Pause before them: their first minute is not to be one of a device that is hot already."""
 
     def check(self, context: int) -> None:
         """Raises UsageError."""
@@ -52,6 +55,8 @@ class Options:
             raise UsageError(
                 f"--sustained {self.sustained_minutes:g}: from {_SHORTEST_SUSTAINED:g} to {_LONGEST_SUSTAINED} minutes"
             )
+        if not 0 <= self.cool_down_s <= _LONGEST_COOL_DOWN_S:
+            raise UsageError(f"--cool-down {self.cool_down_s:g}: from 0 to {_LONGEST_COOL_DOWN_S} seconds")
         if self.prompt_tokens + self.generated_tokens > context:
             raise UsageError(
                 f"{self.prompt_tokens} prompt and {self.generated_tokens} generated tokens do not fit the context",
@@ -63,10 +68,25 @@ class Options:
         return max(0, min(self.depth, (context - self.generated_tokens) // 128 * 128))
 
 
+def regime(bundle: files.Bundle) -> Options:
+    """How the bundle's target is measured; of a bundle that does not say, as any is. Raises DeviceError."""
+    known = asdict(Options())
+    given: dict[str, Any] = bundle.presets()["bench"].get("options", {})
+    for name, value in given.items():
+        kinds = {int: (int,), float: (int, float), tuple: (list,)}[type(known.get(name, 0))]
+        numbers = value if isinstance(value, list) else []
+        if name not in known or type(value) not in kinds or not all(type(number) is int for number in numbers):
+            message = f"{files.PRESETS} has a bench option {name!r}, {value!r}, that this edgectl does not know"
+            raise DeviceError(message, hint="copy the bundle again")
+    plain: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return replace(Options(), **plain)
+
+
 def run(bundle: files.Bundle, options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     """The record, JSON-able. Raises DeviceError and UsageError."""
     model = bundle.manifest["model"]
     options.check(int(model["context"]) // int(model["parallel"]))
+    asked = asdict(options)
     threads = serve.threads(bundle)
     before = probe.probe()
     _warn_if_busy(say)
@@ -80,6 +100,9 @@ def run(bundle: files.Bundle, options: Options, say: Callable[[str], None]) -> d
     memory = measure.as_served(bundle, options, record, say)
     eviction = measure.cold_starts(bundle, options, record, say)
     minutes = options.sustained_minutes
+    if minutes and options.cool_down_s:
+        say(f"cooling down: {options.cool_down_s:g} s")
+        time.sleep(options.cool_down_s)
     sustained = measure.sustained(bundle, minutes, record, say) if minutes else None
     figures = {
         "device": before,
@@ -109,7 +132,8 @@ def run(bundle: files.Bundle, options: Options, say: Callable[[str], None]) -> d
         "started_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         "seconds": round(time.monotonic() - started_s, 1),
         "threads": threads,
-        "options": asdict(options),
+        "options": asked,
+        "other_than_regime": [name for name, value in asdict(regime(bundle)).items() if value != asked[name]],
         **figures,
     }
 
@@ -163,10 +187,12 @@ def _warn_if_busy(say: Callable[[str], None]) -> None:
 
 def table(record: dict[str, Any]) -> str:
     """The record for people."""
+    other = record.get("other_than_regime") or []
     lines = [
         f"{record['bundle_name']} for {record['target']}, {record['bundle'][:19]}…",
         f"{record['device']['board'] or 'unknown board'}, {record['device']['cpu'] or 'unknown processor'}, "
         f"{record['threads']} threads, governor {record['device']['governor'] or 'unknown'}, {record['started_utc']}",
+        "measured as the bundle says" + (f", but for {', '.join(other)}" if other else ""),
         "",
         f"{'':<24}{'p50':>10}{'p95':>10}  {'unit':<10}{'n':>3}  variation",
     ]
