@@ -443,6 +443,13 @@ class Bench(Settings):
             raise ValueError("the first number of clients is 1")
         return clients
 
+    @field_validator("sustained_minutes")
+    @classmethod
+    def _none_or_half_a_minute(cls, minutes: float) -> float:
+        if 0 < minutes < 0.5:
+            raise ValueError("0, or at least 0.5 minutes")
+        return minutes
+
 
 class Recipe(Settings):
     """One teacher-student pair, from text to device."""

@@ -199,6 +199,18 @@ def test_what_differs_what_only_one_has_and_what_a_record_doubts_is_printed(tmp_
     assert "pp512_tps |" not in text
 
 
+def test_another_power_mode_and_another_gpu_are_conditions_that_differ(tmp_path: Path) -> None:
+    jetson = {"board": "Orin", "cpu": "A78AE", "governor": "schedutil", "power_mode": "15W", "l4t": "36.4.3"}
+    other = {**jetson, "power_mode": "MAXN_SUPER", "gpus": ["NVIDIA H200"]}
+    metrics: Metrics = {"m": ("s", STEADY)}
+    result = compared(tmp_path, record(metrics, device=jetson), record(metrics, device=other))
+    assert result["differs"] == [
+        {"condition": "device.power_mode", "a": "15W", "b": "MAXN_SUPER"},
+        {"condition": "device.gpus", "a": None, "b": ["NVIDIA H200"]},
+    ]
+    assert result["unknown_in_both"] == []
+
+
 def test_a_condition_unknown_in_both_is_not_called_equal(tmp_path: Path) -> None:
     content = record({"m": ("s", STEADY)}, device={"board": None, "cpu": "x", "governor": None})
     text = bench_compare_text.render(compared(tmp_path, content, content))

@@ -53,6 +53,15 @@ class Device(_Part):
     board: str | None
     cpu: str | None
     governor: str | None
+    power_mode: str | None = None
+    l4t: str | None = None
+    gpus: list[str] | None = None
+    gpu_driver: str | None = None
+
+    def conditions(self) -> dict[str, Any]:
+        """What every machine has, known or not, and what this one has beside it."""
+        known = {name: value for name, value in self.model_dump().items() if value}
+        return {"board": self.board, "cpu": self.cpu, "governor": self.governor, **known}
 
 
 class Model(_Part):
@@ -82,7 +91,7 @@ class BenchRecord(_Part):
             "model.sha256": self.model.sha256,
             "llama_cpp_commit": self.llama_cpp_commit,
             "threads": self.threads,
-            **{f"device.{name}": value for name, value in self.device.model_dump().items()},
+            **{f"device.{name}": value for name, value in self.device.conditions().items()},
             **{f"options.{name}": value for name, value in self.options.items()},
             "measured": self.measured,
         }
