@@ -879,7 +879,7 @@ STAGES: tuple[Stage, ...] = (
         _bench,
         BenchSettings,
         settings=lambda recipe, target: BenchSettings(
-            bench=recipe.bench, target=_target(target).name, host=_host_facts()
+            bench=recipe.bench.or_else(_target(target).bench), target=_target(target).name, host=_host_facts()
         ),
         inputs=lambda recipe: {"bundle": Made("bundle", "")},
         per_target=True,

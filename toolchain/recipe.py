@@ -416,7 +416,7 @@ class Bundle(Settings):
 
 
 class Bench(Settings):
-    """Figures of the bundle as it is served."""
+    """Figures of the bundle as it is served. A target has a table like it; what a recipe gives comes before it."""
 
     prompt_tokens: int = Field(512, ge=1)
     generated_tokens: int = Field(128, ge=2)
@@ -429,6 +429,12 @@ class Bench(Settings):
     """How many ask at the same time; the first is one."""
     sustained_minutes: float = Field(0.0, ge=0, le=600)
     """Answers without a pause, to see whether the device slows down; 0 leaves it out."""
+    cool_down_s: float = Field(0.0, ge=0, le=3600)
+    """Pause before them: their first minute is not to be one of a device that is hot already."""
+
+    def or_else(self, other: "Bench") -> "Bench":
+        """What was given here, and `other` for the rest."""
+        return other.model_copy(update={name: getattr(self, name) for name in self.model_fields_set})
 
     @field_validator("clients")
     @classmethod
@@ -436,6 +442,13 @@ class Bench(Settings):
         if clients[:1] != (1,):
             raise ValueError("the first number of clients is 1")
         return clients
+
+    @field_validator("sustained_minutes")
+    @classmethod
+    def _none_or_half_a_minute(cls, minutes: float) -> float:
+        if 0 < minutes < 0.5:
+            raise ValueError("0, or at least 0.5 minutes")
+        return minutes
 
 
 class Recipe(Settings):

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, StringConstraints
 
 from toolchain.errors import HostError, RecipeError
-from toolchain.recipe import Name
+from toolchain.recipe import Bench, Name
 from toolchain.resources import resource
 from toolchain.settings import Settings, read_toml
 
@@ -24,6 +24,7 @@ def _compiles(pattern: str) -> str:
 
 
 Pattern = Annotated[str, AfterValidator(_compiles)]
+ModeName = Annotated[str, StringConstraints(min_length=1)]
 
 
 class Isa(Settings):
@@ -91,8 +92,8 @@ class Budgets(Settings):
     """At most; peak resident memory ÷ bytes of the model."""
     sustained_ratio: float | None = Field(None, gt=0, le=1.5)
     """At least; last ÷ first minute of a sustained run."""
-    power_mode: str | None = None
-    """The mode that the others are meant for; in another one nothing is judged."""
+    power_mode: ModeName | Annotated[tuple[ModeName, ...], Field(min_length=1)] | None = None
+    """The mode that the others are meant for, or several, as `nvpmodel -q` has them; in another nothing is judged."""
 
 
 class TargetProfile(Settings):
@@ -105,6 +106,8 @@ class TargetProfile(Settings):
     """Of the smallest board that is meant; left out: any. Model, cache and server must fit into it."""
     runtime: Runtime
     server: Server = Server()
+    bench: Bench = Bench()
+    """How `edgectl bench` measures where it is not told otherwise."""
     budgets: Budgets = Budgets()
 
     def check_build_host(self, machine: str) -> None:

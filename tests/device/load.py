@@ -145,6 +145,24 @@ def summary(samples: Sequence[Sample]) -> dict[str, Any]:
     return shown
 
 
+def table(record: dict[str, Any]) -> str:
+    """What benchmarks/load.py found, in milliseconds, as Markdown."""
+    lines = [
+        f"{record['requests']} requests by {record['clients']} clients in {record['elapsed_s']:.0f} s, a model of "
+        f"{record['model_bytes'] / 1e6:.1f} MB, slots: {record['parallel']}, {record['processor']}, "
+        f"{record['threads']} threads; other programs used {record['foreign_cpu_share']:.1%} of the processors; "
+        f"memory {record['usage_before']['rss_kib'] >> 10} → {record['usage_after']['rss_kib'] >> 10} MiB",
+        "",
+        "| kind | requests | not as expected | first token: p50, p95, p99 (ms) | whole: p50, p95, p99 (ms) |",
+        "|---|---|---|---|---|",
+    ]
+    for kind, found in record["kinds"].items():
+        shown = (found.get("ttft_s"), found["whole_s"])
+        times = (", ".join(f"{1000 * value:.0f}" for value in (part or {}).values()) for part in shown)
+        lines.append(f"| {' | '.join((kind, str(found['requests']), str(found['wrong']), *times))} |")
+    return "\n".join(lines)
+
+
 def _percentiles(values: Sequence[float]) -> dict[str, float]:
     """By nearest rank: values that were seen."""
     ordered = sorted(values)

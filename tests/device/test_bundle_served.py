@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from tests.device import bundles, tiny_chat
+from tests.device import bundles, records, tiny_chat
 from toolchain.bundle import build
-from toolchain.device import files, greedy, serve
+from toolchain.device import files, greedy, measure, serve
 from toolchain.device.client import Client
 from toolchain.device.errors import BusyError
 from toolchain.gguf import llama_cpp
@@ -300,16 +300,24 @@ def test_a_port_in_use_is_one_clear_error_with_a_free_port(bundle: Path) -> None
     assert result.stderr.count("\n") == 2
 
 
-def test_bench_writes_a_record_with_every_sample_and_its_conditions(bundle: Path, tmp_path: Path) -> None:
-    out = tmp_path / "record.json"
+@pytest.fixture(scope="module")
+def benched(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    """The record of a short benchmark, and what it printed."""
+    out = tmp_path_factory.mktemp("bench") / "record.json"
     options = ["--repetitions", "2", "--cold-starts", "2", "--prompt-tokens", "64", "--generated-tokens", "8"]
     options += ["--clients", "1,3", "--sustained", "0.5"]
     result = edgectl(bundle, "bench", *options, "--out", str(out))
     assert result.returncode == 0, result.stderr
-    record = json.loads(out.read_text())
+    return json.loads(out.read_text()), result.stdout
+
+
+def test_bench_writes_a_record_with_every_sample_and_its_conditions(
+    bundle: Path, benched: tuple[dict[str, Any], str]
+) -> None:
+    record, shown = benched
     names = {"pp64_tps", "tg8_tps", "ttft_s", "tpot_s", "served_decode_tps", "served_prefill_tps"}
     names |= {f"{name}_{state}_s" for name in ("listening", "load", "cold_start") for state in ("warm", "evicted")}
-    other = {"ttft_3_clients_s": 9, "tpot_3_clients_s": 9, "served_3_clients_tps": 3, "sustained_tps": 3}
+    other = {"ttft_3_clients_s": 6, "tpot_3_clients_s": 6, "served_3_clients_tps": 2, "sustained_tps": 3}
     other[f"tg8_d{(tiny_chat.CONTEXT - 8) // 128 * 128}_tps"] = 2
     assert {name: len(metric["samples"]) for name, metric in record["metrics"].items()} == dict.fromkeys(
         names, 2
@@ -317,7 +325,7 @@ def test_bench_writes_a_record_with_every_sample_and_its_conditions(bundle: Path
     for metric in record["metrics"].values():
         assert min(metric["samples"]) > 0
         assert min(metric["samples"]) <= metric["p50"] <= metric["p95"] <= max(metric["samples"])
-        assert metric["measured"] is True
+    assert set(records.figures(record).values()) == {True}
     for first, ready in zip(
         record["metrics"]["cold_start_warm_s"]["samples"], record["metrics"]["load_warm_s"]["samples"], strict=True
     ):
@@ -331,7 +339,11 @@ def test_bench_writes_a_record_with_every_sample_and_its_conditions(bundle: Path
     assert record["memory"]["peak_rss_bytes"] >= record["memory"]["pss_bytes"] > 0
     assert record["bundle"] == files.open_bundle(bundle).id
     assert record["measured"] is True
-    assert record["conclusive"] is (not record["inconclusive_because"])
+    assert record["conclusive"] is False
+    assert "ttft_s: 2 samples, at least 5 are needed" in record["inconclusive_because"]
+    changed = ["repetitions", "cold_starts", "prompt_tokens", "generated_tokens", "clients", "sustained_minutes"]
+    assert record["other_than_regime"] == changed
+    assert f"measured as the bundle says, but for {', '.join(changed)}" in shown
     assert set(record["foreign_cpu_share"]) == {
         "memory bandwidth",
         "llama-bench",
@@ -347,10 +359,94 @@ def test_bench_writes_a_record_with_every_sample_and_its_conditions(bundle: Path
     assert record["sustained"]["last_to_first"] > 0
     assert record["sustained"]["tokens"] > 100
     assert all(faults is not None for faults in record["page_cache"]["major_faults"]["evicted"])
-    gated = edgectl(bundle, "gate", str(out))
-    assert gated.returncode in (0, 5, 6)
-    assert gated.stdout.splitlines()[-1].startswith("all together: ")
-    assert "pp64_tps" in result.stdout
+    assert "pp64_tps" in shown
+
+
+def calm(record: dict[str, Any]) -> dict[str, Any]:
+    """As on a machine that was neither throttled nor busy."""
+    sustained = {**record["sustained"], "states": []}
+    changed = {"device": {}, "device_after": {}, "throttled": {}, "sustained": sustained}
+    return {**record, **changed, "foreign_cpu_share": {"llama-bench": 0.01}}
+
+
+Gated = Callable[..., tuple[int, dict[str, Any]]]
+
+
+@pytest.fixture
+def gated(bundle: Path, tmp_path: Path) -> Gated:
+    """Exit code and report of `edgectl gate` for a record; with `budgets`, for those in place of the bundle's own."""
+
+    def gate(record: dict[str, Any], **budgets: float) -> tuple[int, dict[str, Any]]:
+        path, copy = tmp_path / "record.json", tmp_path / "copy"
+        path.write_text(json.dumps(record))
+        if not copy.exists():
+            shutil.copytree(bundle, copy)
+        presets = json.loads((bundle / "presets.json").read_text())
+        (copy / "presets.json").write_text(json.dumps({**presets, "budgets": budgets or presets["budgets"]}))
+        done = edgectl(copy, "gate", str(path), "--json")
+        return done.returncode, json.loads(done.stdout)
+
+    return gate
+
+
+def test_gate_judges_a_real_record_as_one_would_by_hand(benched: tuple[dict[str, Any], str], gated: Gated) -> None:
+    record = calm(benched[0])
+    code, report = gated(record)
+    rows = {row["budget"]: row for row in report["budgets"]}
+    assert set(rows) == {"roofline_pct", "sustained_ratio", "memory_x_model"}
+    # Two samples, three windows: neither is judged. A server around a model of 2 MB takes many times as much.
+    assert "decode: 2 samples, at least 5 are needed" in rows["roofline_pct"]["because"]
+    assert rows["roofline_pct"]["value"] == record["roofline"]["pct"]
+    assert rows["sustained_ratio"]["because"] == [
+        "first and last minute, ten seconds each: 1 sample, at least 5 are needed"
+    ]
+    assert rows["sustained_ratio"]["value"] == record["sustained"]["last_to_first"]
+    taken = record["memory"]["peak_rss_bytes"] / record["model"]["bytes"]
+    assert rows["memory_x_model"]["value"] == pytest.approx(taken)
+    assert taken > rows["memory_x_model"]["limit"] == read_target("x86-cpu").budgets.memory_x_model
+    verdicts = {name: row["verdict"] for name, row in rows.items()}
+    expected = {"roofline_pct": "inconclusive", "sustained_ratio": "inconclusive", "memory_x_model": "failed"}
+    assert (code, report["verdict"], verdicts) == (5, "failed", expected)
+    assert gated(record, memory_x_model=taken + 1)[0] == 0
+    assert gated(record, memory_x_model=taken + 1, decode_tps=1)[0] == 6
+
+
+def test_gate_ends_with_a_code_for_each_verdict(benched: tuple[dict[str, Any], str], gated: Gated) -> None:
+    whole = calm(benched[0])
+    decode = whole["metrics"]["tg8_tps"]
+
+    def with_samples(*shares: float) -> dict[str, Any]:
+        steady = measure.summary([decode["p50"] * share for share in shares])
+        return {**whole, "metrics": {**whole["metrics"], "tg8_tps": {**decode, **steady}}}
+
+    steady, noisy = with_samples(0.98, 0.99, 1.0, 1.01, 1.02), with_samples(0.8, 0.9, 1.0, 1.1, 1.2)
+    slower, faster = 0.9 * decode["p50"], 1.1 * decode["p50"]
+    assert gated(steady, decode_tps=slower)[0] == 0
+    code, report = gated(steady, decode_tps=faster)
+    assert (code, report["verdict"], report["budgets"][0]["because"]) == (5, "failed", [])
+    for limit in (slower, faster):
+        code, report = gated(noisy, decode_tps=limit)
+        assert (code, report["budgets"][0]["because"]) == (6, ["tg8_tps: samples vary by 15.8%"])
+        assert gated({**steady, "foreign_cpu_share": {"llama-bench": 0.3}}, decode_tps=limit)[0] == 6
+        assert gated({**steady, "throttled": {"llama-bench": ["under-voltage"]}}, decode_tps=limit)[0] == 6
+
+
+def test_bench_measures_as_the_bundle_says_where_it_is_not_told_otherwise(bundle: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy)
+    presets = json.loads((copy / "presets.json").read_text())
+    regime = {"prompt_tokens": 32, "generated_tokens": 4, "repetitions": 3, "cold_starts": 1, "depth": 0}
+    presets["bench"]["options"] |= {**regime, "clients": [1]}
+    (copy / "presets.json").write_text(json.dumps(presets))
+    result = edgectl(copy, "bench", "--repetitions", "2", "--json")
+    assert result.returncode == 0, result.stderr
+    record = json.loads(result.stdout)
+    assert record["options"] == {
+        **{**regime, "repetitions": 2, "clients": [1]},
+        **{"sustained_minutes": 0.0, "cool_down_s": 0.0},
+    }
+    assert record["other_than_regime"] == ["repetitions"]
+    assert len(record["metrics"]["pp32_tps"]["samples"]) == 2
 
 
 def test_bench_refuses_what_does_not_fit_the_context(bundle: Path) -> None:

@@ -152,6 +152,11 @@ def test_a_mixed_load_of_500_requests_leaves_the_server_as_it_was(bundle: Path, 
         counts = {kind: sum(sample.kind == kind for sample in samples) for kind in load.KINDS}
         assert sum(counts.values()) == 500
         assert min(counts.values()) >= 80
+        shown = load.summary(samples)
+        assert {kind for kind, found in shown.items() if "ttft_s" in found} == {"streamed", "cancelled"}
+        for found in shown.values():
+            times = list(found["whole_s"].values())
+            assert 0 < times[0] <= times[1] <= times[2] <= max(sample.whole_s for sample in samples) + 1e-4
         assert said(server) == tiny_chat.ANSWER
         assert server.server_pid() == pid
         assert after["rss_kib"] - warm["rss_kib"] < _RSS_GROWTH_KIB
@@ -169,6 +174,19 @@ def test_percentiles_are_values_that_were_seen() -> None:
     assert shown["whole"]["whole_s"] == {"p50": 0.5, "p95": 0.95, "p99": 0.99}
     assert shown["streamed"]["wrong"] == 1
     assert shown["streamed"]["ttft_s"]["p99"] == 1.0
+
+
+def test_the_table_has_a_row_for_each_kind() -> None:
+    samples = [load.Sample("whole", 0.25, None, None), load.Sample("streamed", 2.0, 0.5, "odd")]
+    usage = {"rss_kib": 51200}
+    facts = {"requests": 2, "clients": 8, "elapsed_s": 2.25, "model_bytes": 85_800_000, "parallel": 1, "threads": 2}
+    conditions = {"processor": "a CPU", "foreign_cpu_share": 0.012, "usage_before": usage, "usage_after": usage}
+    lines = load.table({**facts, **conditions, "kinds": load.summary(samples)}).splitlines()
+    assert lines[0].startswith("2 requests by 8 clients in 2 s, a model of 85.8 MB, slots: 1, a CPU, 2 threads; other")
+    assert lines[-2:] == [
+        "| whole | 1 | 0 |  | 250, 250, 250 |",
+        "| streamed | 1 | 1 | 500, 500, 500 | 2000, 2000, 2000 |",
+    ]
 
 
 def _user(content: object) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.device import bundles, tiny_chat
+from tests.device import bundles, records, tiny_chat
 from tests.device.test_bundle_image import config_in, read, saved
 from toolchain.bundle import image, runtime
 from toolchain.device import files, greedy
@@ -119,6 +119,31 @@ def test_a_processor_without_the_dot_product_is_told_by_a_signal(bundle: Path) -
         argv(bundle, "cortex-a57", "--model", str(model)), capture_output=True, check=False, timeout=120
     )
     assert ran.returncode in (-4, 132)
+
+
+def test_a_benchmark_of_it_here_marks_every_figure_as_not_measured(bundle: Path, tmp_path: Path) -> None:
+    """The kernel starts arm64 programs by qemu."""
+    if not Path("/proc/sys/fs/binfmt_misc/qemu-aarch64").exists():
+        pytest.skip("the kernel does not know qemu-aarch64: apt-get install qemu-user-static binfmt-support")
+    copy, out = tmp_path / "copy", tmp_path / "record.json"
+    shutil.copytree(bundle, copy)
+    presets = json.loads((copy / "presets.json").read_text())
+    presets["server"]["threads"] = 1  # more than there are processors would wait for each other
+    (copy / "presets.json").write_text(json.dumps(presets))
+    little = ["--repetitions", "1", "--cold-starts", "1", "--prompt-tokens", "32", "--generated-tokens", "4"]
+    little += ["--depth", "128", "--clients", "1,2", "--sustained", "0.5"]
+    ran = bundles.edgectl(copy, "bench", *little, "--out", str(out), QEMU_CPU="cortex-a76")
+    assert ran.returncode == 0, ran.stderr
+    record = json.loads(out.read_text())
+    assert (record["measured"], record["emulated"]) == (
+        False,
+        "the kernel runs on x86_64, the programs are for aarch64",
+    )
+    marks = records.figures(record)
+    assert [path for path, mark in marks.items() if mark is not False] == []
+    assert {path.split(".")[0] for path in marks} == {"metrics", "memory", "roofline", "sustained", "page_cache"}
+    gated = bundles.edgectl(copy, "gate", str(out), "--json")
+    assert (gated.returncode, json.loads(gated.stdout)["verdict"]) == (6, "inconclusive")
 
 
 def test_its_image_is_for_arm64(bundle: Path, tmp_path: Path) -> None:

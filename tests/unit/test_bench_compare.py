@@ -100,6 +100,28 @@ def test_an_interval_that_ends_at_one_holds_it(interval: tuple[float, float], sa
     assert bench_compare.verdict("tokens/s", interval) == says
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "ratio"),
+    [
+        ((0.0, 0.0, 4.0), (1.0, 2.0, 4.0), None),
+        ((0.0, 2.0, 4.0), (1.0, 4.0, 4.0), 2.0),
+        ((1.0, 2.0, 4.0), (0.0, 0.0, 0.0), 0.0),
+    ],
+)
+def test_ten_seconds_without_a_token_have_no_ratio_and_do_not_keep_the_rest_from_being_compared(
+    tmp_path: Path, before: tuple[float, ...], after: tuple[float, ...], ratio: float | None
+) -> None:
+    a, b = (record({"sustained_tps": ("tokens/s", rates), "ttft_s": ("s", STEADY)}) for rates in (before, after))
+    result = compared(tmp_path, a, b)
+    still, other = result["metrics"]
+    assert still["ratio"] == ratio
+    assert (still["verdict"], still["low"]) == ("slower", 0.0) if 0.0 not in before else ("undecided", None)
+    assert (other["ratio"], other["verdict"]) == (1.0, "no difference")
+    json.dumps(result, allow_nan=False)
+    row = next(line for line in bench_compare_text.render(result).splitlines() if line.startswith("| sustained_tps"))
+    assert row.split("|")[5].strip() == ("" if ratio is None else f"{ratio:.3f}")
+
+
 def test_samples_are_not_paired_by_their_index() -> None:
     """These pairs all have one ratio: a paired interval would have no width."""
     wide = tuple(float(value) for value in range(10, 20))
@@ -175,6 +197,18 @@ def test_what_differs_what_only_one_has_and_what_a_record_doubts_is_printed(tmp_
     assert row.rstrip(" |").endswith("slower")
     assert text.count("| ttft ") == 1
     assert "pp512_tps |" not in text
+
+
+def test_another_power_mode_and_another_gpu_are_conditions_that_differ(tmp_path: Path) -> None:
+    jetson = {"board": "Orin", "cpu": "A78AE", "governor": "schedutil", "power_mode": "15W", "l4t": "36.4.3"}
+    other = {**jetson, "power_mode": "MAXN_SUPER", "gpus": ["NVIDIA H200"]}
+    metrics: Metrics = {"m": ("s", STEADY)}
+    result = compared(tmp_path, record(metrics, device=jetson), record(metrics, device=other))
+    assert result["differs"] == [
+        {"condition": "device.power_mode", "a": "15W", "b": "MAXN_SUPER"},
+        {"condition": "device.gpus", "a": None, "b": ["NVIDIA H200"]},
+    ]
+    assert result["unknown_in_both"] == []
 
 
 def test_a_condition_unknown_in_both_is_not_called_equal(tmp_path: Path) -> None:

@@ -164,10 +164,10 @@ def test_defaults_of_bench_are_those_of_the_recipe() -> None:
 
 def test_a_noisy_or_unsteady_record_says_so() -> None:
     record = measure.Record(measured=True)
-    record.add("a_s", "s", [1.0, 1.01])
+    record.add("a_s", "s", [1.0, 1.01, 1.0, 1.01, 1.0])
     record.foreign["part"] = 0.01
     assert record.doubts() == []
-    record.add("b_s", "s", [1.0, 1.5])
+    record.add("b_s", "s", [1.0, 1.5, 1.0, 1.5, 1.0])
     record.foreign["part"] = 0.2
     assert len(record.doubts()) == 2
 

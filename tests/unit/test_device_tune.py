@@ -10,6 +10,7 @@ import pytest
 
 from toolchain.device import files, meter, probe, tune, tuned
 from toolchain.device.errors import DeviceError, UsageError
+from toolchain.device.system import System
 from toolchain.device.tune import Block, Candidate, Machine, Pair
 
 _CPU_ARGV = ["llama-server", "--threads", "{threads}"]
@@ -165,6 +166,10 @@ _FACTS: dict[str, Any] = {
     "logical_cpus": 4,
     "physical_cores": 4,
     "memory_bytes": 8 << 30,
+    "gpus": [],
+    "gpu_driver": None,
+    "l4t": None,
+    "power_mode": None,
     "load_average_1min": 0.1,
 }
 
@@ -172,8 +177,10 @@ _FACTS: dict[str, Any] = {
 def test_a_machine_is_known_by_what_it_is_and_not_by_its_state() -> None:
     same = tuned.fingerprint(_FACTS)
     assert tuned.fingerprint({**_FACTS, "load_average_1min": 3.0, "memory_bytes": (8 << 30) - (20 << 20)}) == same
-    others = [("board", "another"), ("cpu", None), ("arch", "x86_64"), ("logical_cpus", 8), ("memory_bytes", 4 << 30)]
-    assert len({same, *(tuned.fingerprint({**_FACTS, name: value}) for name, value in others)}) == 6
+    others: list[tuple[str, Any]] = [("board", "another"), ("cpu", None), ("arch", "x86_64"), ("logical_cpus", 8)]
+    others += [("memory_bytes", 4 << 30)]
+    others += [("gpus", ["NVIDIA H200"]), ("gpu_driver", "580.65.06"), ("l4t", "36.4.3"), ("power_mode", "25W")]
+    assert len({same, *(tuned.fingerprint({**_FACTS, name: value}) for name, value in others)}) == 10
     assert len(tuned.fingerprint(probe.probe())) == 64
 
 
@@ -212,6 +219,43 @@ def test_an_accepted_record_is_found_by_bundle_and_machine(tmp_path: Path) -> No
     _write(tmp_path, bundle, json.dumps({**_record(bundle), "tuned": None}))
     assert tuned.find(tmp_path, bundle, said.append) is None
     assert said == []
+
+
+def test_a_record_of_another_driver_or_power_mode_is_not_used_and_that_is_said(tmp_path: Path) -> None:
+    bundle, said = _bundle(tmp_path), list[str]()
+    other = tuned.fingerprint({**probe.probe(), "gpu_driver": "1", "power_mode": "7W"})
+    path = tuned.record_path(tmp_path, bundle.id, other)
+    path.parent.mkdir()
+    path.write_text(json.dumps(_record(bundle)))
+    assert tuned.find(tmp_path, bundle, said.append) is None
+    assert said == ["tuned settings are of another machine, driver or power mode: ./edgectl tune looks for this one's"]
+
+
+_OPEN_MODULE = (
+    "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (root@builder)  Sun Jul 27"
+)
+
+
+@pytest.mark.parametrize(
+    ("version", "driver"),
+    [
+        (_OPEN_MODULE + "\nGCC version:  gcc version 12.2.0 (Debian 12.2.0-14)", "580.65.06"),
+        ("NVRM version: NVIDIA UNIX aarch64 Kernel Module  540.4.0  Thu Dec 12", "540.4.0"),
+        ("no version", None),
+        (None, None),
+    ],
+)
+def test_graphics_cards_and_their_driver_are_read_from_the_kernel_module(
+    tmp_path: Path, version: str | None, driver: str | None
+) -> None:
+    card = tmp_path / "proc" / "driver" / "nvidia" / "gpus" / "0000:01:00.0"
+    card.mkdir(parents=True)
+    (card / "information").write_text("Model: \t\t NVIDIA H200\nIRQ:   \t\t 16\n")
+    if version is not None:
+        (card.parents[1] / "version").write_text(version + "\n")
+    system = System(tmp_path)
+    assert (probe.gpus(system), probe.gpu_driver(system)) == (["NVIDIA H200"], driver)
+    assert (probe.gpus(System(card)), probe.gpu_driver(System(card))) == ([], None)
 
 
 def _changed(record: dict[str, Any], **settings: Any) -> str:

@@ -99,6 +99,6 @@ def presets(target: TargetProfile, *, model: str, alias: str, context: int) -> d
             "ready_timeout_s": target.server.ready_timeout_s,
         },
         "devices": {"argv": devices_argv()},
-        "bench": {"argv": bench_argv(target, model=model)},
+        "bench": {"argv": bench_argv(target, model=model), "options": target.bench.model_dump(mode="json")},
         "budgets": target.budgets.model_dump(exclude_none=True),
     }

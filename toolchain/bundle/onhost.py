@@ -45,7 +45,8 @@ def bench(settings: Bench, bundle: Path, *, out: Path, report: Reporter) -> dict
         *("--generated-tokens", str(settings.generated_tokens)),
         *("--depth", str(settings.depth)),
         *("--clients", ",".join(map(str, settings.clients))),
-        *(["--sustained", str(settings.sustained_minutes)] if settings.sustained_minutes else []),
+        *("--sustained", str(settings.sustained_minutes)),
+        *("--cool-down", str(settings.cool_down_s)),
     ]
     with bar(report, "bench", total=None, unit="part"):
         _edgectl(bundle, ["bench", "--json", *options], out=out, stdout=result, report=report)

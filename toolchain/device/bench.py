@@ -4,12 +4,12 @@ Every sample is kept, with the conditions it was taken under. A noisy record is 
 """
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from . import bandwidth, files, measure, meter, probe, serve
-from .errors import UsageError
+from .errors import DeviceError, UsageError
 from .measure import Record
 
 SCHEMA_VERSION = 1
@@ -17,6 +17,7 @@ MAX_VARIATION = measure.MAX_VARIATION
 MAX_FOREIGN_SHARE = meter.MAX_FOREIGN_SHARE
 _MOST_CLIENTS = 64
 _SHORTEST_SUSTAINED, _LONGEST_SUSTAINED = 0.5, 600
+_LONGEST_COOL_DOWN_S = 3600
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Options:
     """How much is measured."""
 
     repetitions: int = 5
+    """Of each figure; several clients ask at once as often."""
     cold_starts: int = 5
     """Starts with the page cache warm, and as many with it evicted."""
     prompt_tokens: int = 512
@@ -34,6 +36,8 @@ class Options:
     """How many ask at the same time; the first is always one."""
     sustained_minutes: float = 0.0
     """Answers without a pause; 0 leaves it out."""
+    cool_down_s: float = 0.0
+    """Pause before them: their first minute is not to be one of a device that is hot already."""
 
     def check(self, context: int) -> None:
         """Raises UsageError."""
@@ -51,6 +55,8 @@ class Options:
             raise UsageError(
                 f"--sustained {self.sustained_minutes:g}: from {_SHORTEST_SUSTAINED:g} to {_LONGEST_SUSTAINED} minutes"
             )
+        if not 0 <= self.cool_down_s <= _LONGEST_COOL_DOWN_S:
+            raise UsageError(f"--cool-down {self.cool_down_s:g}: from 0 to {_LONGEST_COOL_DOWN_S} seconds")
         if self.prompt_tokens + self.generated_tokens > context:
             raise UsageError(
                 f"{self.prompt_tokens} prompt and {self.generated_tokens} generated tokens do not fit the context",
@@ -62,10 +68,25 @@ class Options:
         return max(0, min(self.depth, (context - self.generated_tokens) // 128 * 128))
 
 
+def regime(bundle: files.Bundle) -> Options:
+    """How the bundle's target is measured; of a bundle that does not say, as any is. Raises DeviceError."""
+    known = asdict(Options())
+    given: dict[str, Any] = bundle.presets()["bench"].get("options", {})
+    for name, value in given.items():
+        kinds = {int: (int,), float: (int, float), tuple: (list,)}[type(known.get(name, 0))]
+        numbers = value if isinstance(value, list) else []
+        if name not in known or type(value) not in kinds or not all(type(number) is int for number in numbers):
+            message = f"{files.PRESETS} has a bench option {name!r}, {value!r}, that this edgectl does not know"
+            raise DeviceError(message, hint="copy the bundle again")
+    plain: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return replace(Options(), **plain)
+
+
 def run(bundle: files.Bundle, options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     """The record, JSON-able. Raises DeviceError and UsageError."""
     model = bundle.manifest["model"]
     options.check(int(model["context"]) // int(model["parallel"]))
+    asked = asdict(options)
     threads = serve.threads(bundle)
     before = probe.probe()
     _warn_if_busy(say)
@@ -79,13 +100,24 @@ def run(bundle: files.Bundle, options: Options, say: Callable[[str], None]) -> d
     memory = measure.as_served(bundle, options, record, say)
     eviction = measure.cold_starts(bundle, options, record, say)
     minutes = options.sustained_minutes
+    if minutes and options.cool_down_s:
+        say(f"cooling down: {options.cool_down_s:g} s")
+        time.sleep(options.cool_down_s)
     sustained = measure.sustained(bundle, minutes, record, say) if minutes else None
-    doubts = record.doubts()
+    figures = {
+        "device": before,
+        "device_after": probe.state(),
+        "throttled": record.throttled,
+        "page_cache": eviction,
+        "foreign_cpu_share": record.foreign,
+        "memory": memory,
+        "roofline": roofline(record, options, bundle, read_gb_per_s),
+        "sustained": sustained,
+        "metrics": record.metrics,
+    }
+    doubts = record.doubts() + state_doubts(figures)
     if not eviction["eviction_verified"]:
         doubts.append("the files could not be shown to have left the page cache before the evicted starts")
-    after = probe.state()
-    throttled = [reason for state in (before, after) for reason in (state["throttling"] or {}).get("now") or []]
-    doubts += [f"throttled: {reason}" for reason in dict.fromkeys(throttled)]
     return {
         "schema_version": SCHEMA_VERSION,
         "measured": emulated is None,
@@ -100,16 +132,31 @@ def run(bundle: files.Bundle, options: Options, say: Callable[[str], None]) -> d
         "started_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         "seconds": round(time.monotonic() - started_s, 1),
         "threads": threads,
-        "options": asdict(options),
-        "device": before,
-        "device_after": after,
-        "page_cache": eviction,
-        "foreign_cpu_share": record.foreign,
-        "memory": memory,
-        "roofline": roofline(record, options, bundle, read_gb_per_s),
-        "sustained": sustained,
-        "metrics": record.metrics,
+        "options": asked,
+        "other_than_regime": [name for name, value in asdict(regime(bundle)).items() if value != asked[name]],
+        **figures,
     }
+
+
+def state_doubts(record: Mapping[str, Any]) -> list[str]:
+    """What the device went through while a record was taken that speaks against all figures: throttling, another mode.
+
+    A clock that is held down for minutes may be free again at the end, where the bench waits for the disk: every state
+    in the record counts, and what is new since boot.
+    """
+    before, after = record.get("device") or {}, record.get("device_after") or {}
+    states = [before, after, *((record.get("sustained") or {}).get("states") or [])]
+    told = [state.get("throttling") or {} for state in states]
+    reasons = [reason for part in told for reason in part.get("now") or []]
+    reasons += [reason for part in (record.get("throttled") or {}).values() for reason in part]
+    at_first, at_last = (part.get("since_boot") for part in told[:2])
+    if at_first is not None and at_last is not None:
+        reasons += [reason for reason in at_last if reason not in at_first]
+    doubts = [f"throttled: {reason}" for reason in dict.fromkeys(reasons)]
+    modes = list(dict.fromkeys(str(state["power_mode"]) for state in states if state.get("power_mode")))
+    if len(modes) > 1:
+        doubts.append(f"the power mode changed: {', '.join(modes)}")
+    return doubts
 
 
 def roofline(record: Record, options: Options, bundle: files.Bundle, read_gb_per_s: float | None) -> dict[str, Any]:
@@ -140,10 +187,12 @@ def _warn_if_busy(say: Callable[[str], None]) -> None:
 
 def table(record: dict[str, Any]) -> str:
     """The record for people."""
+    other = record.get("other_than_regime") or []
     lines = [
         f"{record['bundle_name']} for {record['target']}, {record['bundle'][:19]}…",
         f"{record['device']['board'] or 'unknown board'}, {record['device']['cpu'] or 'unknown processor'}, "
         f"{record['threads']} threads, governor {record['device']['governor'] or 'unknown'}, {record['started_utc']}",
+        "measured as the bundle says" + (f", but for {', '.join(other)}" if other else ""),
         "",
         f"{'':<24}{'p50':>10}{'p95':>10}  {'unit':<10}{'n':>3}  variation",
     ]
@@ -165,7 +214,9 @@ def table(record: dict[str, Any]) -> str:
             f"{roof['read_gb_per_s']:.1f} GB/s of memory allow"
         )
     if record["sustained"] is not None:
-        lines.append(f"{'last ÷ first minute':<24}{record['sustained']['last_to_first']:>10.3f}")
+        ratio = record["sustained"]["last_to_first"]
+        shown = "unknown" if ratio is None else f"{ratio:.3f}"
+        lines.append(f"{'last ÷ first minute':<24}{shown:>10}")
     for where in ("memory", "sustained"):
         joules = (record[where] or {}).get("joules_per_generated_token")
         if joules is not None:

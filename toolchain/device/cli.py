@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,18 +57,24 @@ def _add_smoke(verb: argparse.ArgumentParser) -> None:
 def _add_bench(verb: argparse.ArgumentParser) -> None:
     from . import bench
 
-    defaults = bench.Options()
+    known = bench.Options()
+    verb.description = (
+        "What is left out is the bundle's, by its target; the defaults shown are of one that says nothing."
+    )
     verb.add_argument("--out", type=Path, metavar="F", help="write the record, as JSON, to this file")
     for name in ("repetitions", "cold_starts", "prompt_tokens", "generated_tokens"):
-        flag = "--" + name.replace("_", "-")
-        verb.add_argument(flag, type=int, metavar="N", default=getattr(defaults, name), help="(default: %(default)s)")
-    text = "tokens before the long-context decode, as many as fit; 0 leaves it out (default: %(default)s)"
-    verb.add_argument("--depth", type=int, metavar="N", default=defaults.depth, help=text)
-    shown = ",".join(map(str, defaults.clients))
-    text = f"how many ask at the same time, such as {shown}, the default"
-    verb.add_argument("--clients", type=list_of_numbers, metavar="N,…", default=defaults.clients, help=text)
-    text = "answer without a pause, ten minutes or as many as given: does the device slow down?"
-    verb.add_argument("--sustained", type=float, nargs="?", const=10.0, default=0.0, metavar="MINUTES", help=text)
+        text = f"(default: {getattr(known, name)})"
+        verb.add_argument("--" + name.replace("_", "-"), type=int, metavar="N", help=text)
+    text = f"tokens before the long-context decode, as many as fit; 0 leaves it out (default: {known.depth})"
+    verb.add_argument("--depth", type=int, metavar="N", help=text)
+    text = f"how many ask at the same time (default: {','.join(map(str, known.clients))})"
+    verb.add_argument("--clients", type=list_of_numbers, metavar="N,…", help=text)
+    text = (
+        "answer without a pause, ten minutes or as many as given: does the device slow down? (default: 0, not at all)"
+    )
+    verb.add_argument("--sustained", type=float, nargs="?", const=10.0, metavar="MINUTES", help=text)
+    text = f"pause before that (default: {known.cool_down_s:g})"
+    verb.add_argument("--cool-down", type=float, metavar="SECONDS", help=text)
     verb.set_defaults(call=_bench)
     _json_option(verb)
 
@@ -332,15 +339,17 @@ def _doctor(bundle: files.Bundle, options: argparse.Namespace) -> int:
 def _bench(bundle: files.Bundle, options: argparse.Namespace) -> int:
     from . import bench
 
-    asked = bench.Options(
-        repetitions=options.repetitions,
-        cold_starts=options.cold_starts,
-        prompt_tokens=options.prompt_tokens,
-        generated_tokens=options.generated_tokens,
-        depth=options.depth,
-        clients=options.clients,
-        sustained_minutes=options.sustained,
-    )
+    given = {
+        "repetitions": options.repetitions,
+        "cold_starts": options.cold_starts,
+        "prompt_tokens": options.prompt_tokens,
+        "generated_tokens": options.generated_tokens,
+        "depth": options.depth,
+        "clients": options.clients,
+        "sustained_minutes": options.sustained,
+        "cool_down_s": options.cool_down,
+    }
+    asked = replace(bench.regime(bundle), **{name: value for name, value in given.items() if value is not None})
     if options.out is not None and not options.out.resolve().parent.is_dir():
         raise UsageError(f"--out {options.out}: no such folder")
     if options.out is not None and options.out.resolve().is_relative_to(bundle.root):

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from . import bench, files
+from . import bench, files, measure
 from .errors import DeviceError, UsageError
 
 SCHEMA_VERSION = 1
@@ -66,19 +66,19 @@ def _overall(rows: list[dict[str, Any]]) -> str:
     return next(verdict for verdict in ("failed", "inconclusive", "passed") if verdict in verdicts)
 
 
-def _doubts(record: dict[str, Any], power_mode: str | None) -> list[str]:
+def _doubts(record: dict[str, Any], power_mode: str | list[str] | None) -> list[str]:
     """Why nothing that was measured counts."""
     doubts = []
     if record.get("measured") is not True:
         doubts.append(f"not measured on the device: {record.get('emulated')}")
-    for when in ("device", "device_after"):
-        throttled = ((record.get(when) or {}).get("throttling") or {}).get("now")
-        if throttled:
-            doubts.append(f"throttled: {', '.join(throttled)}")
-    used = (record.get("device") or {}).get("power_mode")
-    if power_mode is not None and used != power_mode:
-        doubts.append(f"the power mode is {used or 'unknown'}, the budgets are for {power_mode}")
-    return list(dict.fromkeys(doubts))
+    doubts += bench.state_doubts(record)
+    if power_mode is not None:
+        meant = [power_mode] if isinstance(power_mode, str) else power_mode
+        used = [(record.get(when) or {}).get("power_mode") for when in ("device", "device_after")]
+        other = [mode for mode in used if mode not in meant]
+        if other:
+            doubts.append(f"the power mode is {other[0] or 'unknown'}, the budgets are for {' or '.join(meant)}")
+    return doubts
 
 
 def _row(name: str, limit: float, record: dict[str, Any], general: list[str]) -> dict[str, Any]:
@@ -131,8 +131,15 @@ def _value(name: str, record: dict[str, Any]) -> tuple[bool, str, float | None, 
             doubts.append("faster than memory: the model fits into the processor's cache")
         return True, "roofline_pct", value, doubts
     if name == "sustained_ratio":
-        value = _number((record.get("sustained") or {}).get("last_to_first"))
-        doubts = _foreign(record) if value is not None else ["bench ran without --sustained"]
+        sustained = record.get("sustained")
+        value = _number((sustained or {}).get("last_to_first"))
+        if value is not None:
+            # Half of a short run stands for its first minute, and half for its last.
+            windows = (metrics.get("sustained_tps") or {}).get("samples") or []
+            few = measure.too_few("first and last minute, ten seconds each", windows[: len(windows) // 2])
+            doubts = ([few] if few else []) + _foreign(record)
+        else:
+            doubts = ["nothing came in the first minute" if sustained else "bench ran without --sustained"]
         return True, "last minute ÷ first minute", value, doubts
     raise DeviceError(
         f"presets.json has a budget {name!r} that this edgectl does not know", hint="copy the bundle again"
@@ -140,7 +147,8 @@ def _value(name: str, record: dict[str, Any]) -> tuple[bool, str, float | None, 
 
 
 def _noise(metric: str, found: dict[str, Any], record: dict[str, Any]) -> list[str]:
-    doubts = []
+    few = measure.too_few(metric, found.get("samples") or [])
+    doubts = [few] if few else []
     variation = _number(found.get("variation"))
     if variation is None or variation > bench.MAX_VARIATION:
         doubts.append(

@@ -15,18 +15,21 @@ from typing import TYPE_CHECKING, Any
 from . import energy, files, meter, probe, serve
 from .client import Client, Messages, Streamed
 from .errors import DeviceError
+from .system import HERE, System
 
 if TYPE_CHECKING:
     from .bench import Options
 
 MAX_VARIATION = 0.05
+FEWEST_SAMPLES = 5
+"""Fewer say next to nothing of how much a figure varies: a single one does not vary at all."""
 _EVICTED_SHARE = 0.01
+_WATCH_S = 5.0
+"""A board throttles for longer, and what it did since boot is compared as well."""
 _WINDOW_S = 10.0
 _MINUTE = 6
 """Windows of ten seconds."""
 _ANSWER_TOKENS = 256
-_ROUNDS = 3
-"""Times that several clients ask at once."""
 _WORDS = (  # noqa: SIM905 - thirty words are easier to read as text
     "river stone light paper window garden winter market silver engine bridge letter circle number forest summer "
     "travel music table doctor island simple answer moment corner yellow planet history kitchen weather morning"
@@ -34,23 +37,59 @@ _WORDS = (  # noqa: SIM905 - thirty words are easier to read as text
 Say = Callable[[str], None]
 
 
+class Throttling:
+    """What lowered the clock over a `with` block: asked at its start, every five seconds, and at its end."""
+
+    def __init__(self, system: System = HERE) -> None:
+        self._system = system
+        self.reasons: list[str] = []
+        """Each once, in the order they were seen."""
+
+    def __enter__(self) -> "Throttling":
+        self._ended = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._watcher.join()
+
+    def _watch(self) -> None:
+        last = False
+        while True:
+            found = (probe.throttling(self._system) or {}).get("now") or []
+            self.reasons += [reason for reason in found if reason not in self.reasons]
+            if last:
+                return
+            last = self._ended.wait(_WATCH_S)
+
+
 class Record:
-    """Samples by metric, and foreign processor time by the part of the measurement."""
+    """Samples by metric; foreign processor time and throttling by the part of the measurement."""
 
     def __init__(self, *, measured: bool) -> None:
         self.measured = measured
         """Whether the figures are this machine's own, and not those of an emulation."""
         self.metrics: dict[str, dict[str, Any]] = {}
         self.foreign: dict[str, float] = {}
+        self.throttled: dict[str, list[str]] = {}
+        """Parts in which the clock was held down, and by what."""
+        self._unlike: set[str] = set()
 
-    def add(self, name: str, unit: str, samples: Sequence[float]) -> None:
+    def add(self, name: str, unit: str, samples: Sequence[float], *, alike: bool = True) -> None:
+        """`alike`: the samples are of the same thing, so that what they vary by is noise."""
         self.metrics[name] = {"unit": unit, "measured": self.measured, **summary(samples)}
+        if not alike:
+            self._unlike.add(name)
 
     @contextlib.contextmanager
     def metered(self, part: str) -> Iterator[None]:
-        with meter.ForeignCpu() as foreign:
+        with meter.ForeignCpu() as foreign, Throttling() as throttling:
             yield
         self.foreign[part] = foreign.share
+        if throttling.reasons:
+            self.throttled[part] = throttling.reasons
 
     def doubts(self) -> list[str]:
         """Why the figures may not be the machine's own; empty when nothing speaks against them."""
@@ -62,9 +101,18 @@ class Record:
         unsteady = [
             f"{name}: samples vary by {metric['variation']:.1%}"
             for name, metric in self.metrics.items()
-            if metric["variation"] > MAX_VARIATION
+            if metric["variation"] > MAX_VARIATION and name not in self._unlike
         ]
-        return noisy + unsteady
+        few = [doubt for name, metric in self.metrics.items() if (doubt := too_few(name, metric["samples"]))]
+        still = [f"{name}: mostly nothing came" for name, metric in self.metrics.items() if metric["p50"] == 0]
+        return noisy + few + unsteady + still
+
+
+def too_few(name: str, samples: Sequence[float]) -> str | None:
+    """That there are too few samples, and how many it takes."""
+    if len(samples) >= FEWEST_SAMPLES:
+        return None
+    return f"{name}: {len(samples)} sample{'' if len(samples) == 1 else 's'}, at least {FEWEST_SAMPLES} are needed"
 
 
 def summary(samples: Sequence[float]) -> dict[str, Any]:
@@ -152,13 +200,12 @@ def as_served(bundle: files.Bundle, options: "Options", record: Record, say: Say
     record.add("served_decode_tps", "tokens/s", [1 / answer.tpot_s for answer in answers])
     record.add("served_prefill_tps", "tokens/s", [answer.timings["prompt_per_second"] for answer in answers])
     return {
+        "measured": record.measured,
         **memory,
         "served_prompt_tokens": [answer.timings["prompt_n"] for answer in answers],
         "served_generated_tokens": [answer.timings["predicted_n"] for answer in answers],
         "energy_source": used.source,
-        "joules_per_generated_token": None
-        if used.joules is None
-        else used.joules / sum(answer.timings["predicted_n"] for answer in answers),
+        "joules_per_generated_token": _per_token(used.joules, sum(answer.timings["predicted_n"] for answer in answers)),
     }
 
 
@@ -166,19 +213,20 @@ def _many_clients(client: Client, options: "Options", record: Record, say: Say) 
     """TTFT and TPOT of clients that ask at the same time; what has no slot of the server waits in its queue."""
     for clients in options.clients[1:]:
         say(f"as served: {clients} clients at once")
-        seeds = range(1000 * clients, 1000 * clients + clients * _ROUNDS)
+        seeds = range(1000 * clients, 1000 * clients + clients * options.repetitions)
         prompts = [_prompt(client, options.prompt_tokens, seed) for seed in seeds]
         answers: list[Streamed] = []
         failures: list[BaseException] = []
         taken_s: list[float] = []
         with record.metered(f"{clients} clients"):
-            for turn in range(_ROUNDS):
+            for turn in range(options.repetitions):
                 start_s = time.perf_counter()
                 answers += _at_once(client, prompts[turn * clients : (turn + 1) * clients], options, failures)
                 taken_s.append(time.perf_counter() - start_s)
         if failures:
             raise failures[0]
-        record.add(f"ttft_{clients}_clients_s", "s", [answer.ttft_s for answer in answers])
+        # Of those who ask at once one is answered first.
+        record.add(f"ttft_{clients}_clients_s", "s", [answer.ttft_s for answer in answers], alike=False)
         record.add(f"tpot_{clients}_clients_s", "s", [answer.tpot_s for answer in answers])
         each = [clients * options.generated_tokens / seconds for seconds in taken_s]
         record.add(f"served_{clients}_clients_tps", "tokens/s", each)
@@ -206,7 +254,7 @@ def _at_once(
 def sustained(bundle: files.Bundle, minutes: float, record: Record, say: Say) -> dict[str, Any]:
     """Answers without a pause: tokens/s of every ten seconds, with clock and temperature beside them.
 
-    `last_to_first` compares the medians of the last and the first minute: 1 is a device that does not slow down.
+    `last_to_first` is 1 on a device that does not slow down.
     """
     say(f"sustained: {minutes:g} minutes of answers")
     arrived: list[tuple[float, int]] = []
@@ -229,16 +277,30 @@ def sustained(bundle: files.Bundle, minutes: float, record: Record, say: Say) ->
             number += 1
     rates = per_window(arrived, minutes * 60)
     record.add("sustained_tps", "tokens/s", rates)
-    ends = min(_MINUTE, max(1, len(rates) // 2))
     total = sum(count for _, count in arrived)
     return {
+        "measured": record.measured,
         "minutes": minutes,
-        "last_to_first": statistics.median(rates[-ends:]) / statistics.median(rates[:ends]),
+        "last_to_first": last_to_first(rates),
         "tokens": total,
         "states": states,
         "energy_source": used.source,
-        "joules_per_generated_token": None if used.joules is None else used.joules / total,
+        "joules_per_generated_token": _per_token(used.joules, total),
     }
+
+
+def last_to_first(rates: Sequence[float]) -> float | None:
+    """Median rate of the last minute ÷ that of the first, or of the halves where there are no two minutes.
+
+    None where the first has windows without a token, most of them: nothing has a ratio to 0.
+    """
+    ends = min(_MINUTE, max(1, len(rates) // 2))
+    first = statistics.median(rates[:ends])
+    return statistics.median(rates[-ends:]) / first if first else None
+
+
+def _per_token(joules: float | None, tokens: int) -> float | None:
+    return joules / tokens if joules is not None and tokens else None
 
 
 def per_window(arrived: Sequence[tuple[float, int]], end_s: float) -> list[float]:
@@ -280,6 +342,7 @@ def cold_starts(bundle: files.Bundle, options: "Options", record: Record, say: S
     verified = all(share is not None and share <= _EVICTED_SHARE for share in residents)
     detail = "checked with mincore" if verified else "could not be verified: treat the evicted figures as warm"
     return {
+        "measured": record.measured,
         "eviction_verified": verified,
         "detail": detail,
         "resident_share_after_eviction": residents,

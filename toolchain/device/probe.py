@@ -221,6 +221,18 @@ def read_l4t(system: System) -> str:
     return f"{match[1]}.{match[2]}"
 
 
+def gpus(system: System = HERE) -> list[str]:
+    """NVIDIA's graphics cards by name. A Jetson's GPU is not among them: its board says which one it is."""
+    found = [system.text(path) or "" for path in system.glob("/proc/driver/nvidia/gpus/*/information")]
+    return [name[1] for text in found if (name := re.search(r"^Model:\s*(\S.*?)\s*$", text, re.MULTILINE))]
+
+
+def gpu_driver(system: System = HERE) -> str | None:
+    """Version of NVIDIA's kernel module, such as "580.65.06"."""
+    match = re.search(r"\b\d{3}\.\d+(?:\.\d+)?\b", system.text("/proc/driver/nvidia/version") or "")
+    return match[0] if match else None
+
+
 def probe() -> dict[str, Any]:
     """Everything above, JSON-able. Bytes, hertz, degrees Celsius."""
     version = glibc()
@@ -237,6 +249,8 @@ def probe() -> dict[str, Any]:
         "glibc": ".".join(map(str, version)) if version else None,
         "page_bytes": os.sysconf("SC_PAGE_SIZE"),
         "l4t": l4t(),
+        "gpus": gpus(),
+        "gpu_driver": gpu_driver(),
         **state(),
     }
 

@@ -574,6 +574,9 @@ def _measured(
         stay, conclusive = verdict(search.pairs, max_memory_mib=options.max_memory_mib, under_load=options.under_load)
         conclusive = conclusive and (stay is None or not late)
         best.dropped = stay
+    after = probe.probe()
+    if tuned.fingerprint(after) != device:
+        stay, conclusive = "the machine changed meanwhile, as by another power mode", False
     settings = None
     if best is not None and stay is None:
         gain, low, high = interval([pair.ratio for pair in search.pairs])
@@ -594,7 +597,7 @@ def _measured(
         "llama_cpp_commit": bundle.manifest["runtime"]["llama_cpp_commit"],
         "device": device,
         "machine": before,
-        "machine_after": probe.probe(),
+        "machine_after": after,
         "started_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         "seconds": round(time.monotonic() - search.started_s, 1),
         "options": asdict(options),

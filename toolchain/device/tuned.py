@@ -27,6 +27,7 @@ FLAGS = {
 """What tuning may add to the presets' command, and whether a value follows. A record with anything else is refused: it
 could lead the server to another model, or to the network."""
 _VALUE = re.compile(r"[a-z0-9_][a-z0-9_-]*", re.ASCII)
+_SAME = ("board", "cpu", "arch", "logical_cpus", "physical_cores", "gpus", "gpu_driver", "l4t", "power_mode")
 _MEMORY_STEP_BYTES = 256 << 20
 """Kernels keep more or less of the memory for themselves: the same machine has to be known after an update."""
 
@@ -45,8 +46,11 @@ class Tuned:
 
 
 def fingerprint(facts: Mapping[str, Any]) -> str:
-    """SHA-256 in hex of what the machine is, from `probe.probe()`: its state, such as clock and load, is left out."""
-    same = {key: facts[key] for key in ("board", "cpu", "arch", "logical_cpus", "physical_cores")}
+    """SHA-256 in hex of what the machine is, from `probe.probe()`, with its GPU's driver and its power mode.
+
+    Its state, such as clock and load, is left out.
+    """
+    same = {key: facts[key] for key in _SAME}
     same["memory"] = round(facts["memory_bytes"] / _MEMORY_STEP_BYTES)
     return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
 
@@ -113,6 +117,8 @@ def find(home: Path, bundle: files.Bundle, say: Callable[[str], None]) -> Tuned 
     except DeviceError as error:
         say(f"tuned settings are not used: {error.message}")
         return None
+    if record is None and any((home / FOLDER).glob(f"{launch.tuned_prefix(bundle.id)}*.json")):
+        say("tuned settings are of another machine, driver or power mode: ./edgectl tune looks for this one's")
     if record is None or record["tuned"] is None:
         return None
     settings = record["tuned"]

@@ -11,15 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, ValidationError
-from pydantic_core import from_json
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError, ValidationInfo
+from pydantic_core import PydanticKnownError, from_json
 
 from toolchain.device.bench import SCHEMA_VERSION as RECORD_VERSION
 from toolchain.errors import ArtifactError, HostError
 from toolchain.settings import Settings
 
 SCHEMA_VERSION = 1
-_MORE_IS_BETTER = {"tokens/s": True, "s": False}
+_RATE = "tokens/s"
+_MORE_IS_BETTER = {_RATE: True, "s": False}
 _RECORD_HINT = "a record is results.json of the stage bench, or what `edgectl bench --json` prints"
 
 _Bytes = Annotated[int, Field(gt=0, lt=2**63)]
@@ -31,10 +32,16 @@ class _Part(Settings):
     model_config = ConfigDict(extra="ignore")
 
 
+def _not_below(value: float, info: ValidationInfo) -> float:
+    if value < 0 or (value == 0 and info.data.get("unit") != _RATE):
+        raise PydanticKnownError("greater_than", {"gt": 0.0})
+    return value
+
+
 class Metric(_Part):
     unit: str
-    samples: list[Annotated[float, Field(gt=0)]] = Field(min_length=1)
-    """Neither a speed nor a time is 0, and nothing has a ratio to 0."""
+    samples: list[Annotated[float, AfterValidator(_not_below)]] = Field(min_length=1)
+    """No time is 0. A speed is where for ten seconds nothing came; nothing has a ratio to it."""
 
 
 class Memory(_Part):
@@ -46,6 +53,15 @@ class Device(_Part):
     board: str | None
     cpu: str | None
     governor: str | None
+    power_mode: str | None = None
+    l4t: str | None = None
+    gpus: list[str] | None = None
+    gpu_driver: str | None = None
+
+    def conditions(self) -> dict[str, Any]:
+        """What every machine has, known or not, and what this one has beside it."""
+        known = {name: value for name, value in self.model_dump().items() if value}
+        return {"board": self.board, "cpu": self.cpu, "governor": self.governor, **known}
 
 
 class Model(_Part):
@@ -75,7 +91,7 @@ class BenchRecord(_Part):
             "model.sha256": self.model.sha256,
             "llama_cpp_commit": self.llama_cpp_commit,
             "threads": self.threads,
-            **{f"device.{name}": value for name, value in self.device.model_dump().items()},
+            **{f"device.{name}": value for name, value in self.device.conditions().items()},
             **{f"options.{name}": value for name, value in self.options.items()},
             "measured": self.measured,
         }
@@ -188,7 +204,7 @@ def _row(name: str, a: Metric, b: Metric) -> dict[str, Any]:
     if a.unit != b.unit:
         raise ArtifactError(f"{name} is in {a.unit} in A and in {b.unit} in B", hint="the records cannot be compared")
     p50_a, p50_b = statistics.median(a.samples), statistics.median(b.samples)
-    interval = ratio_interval(a.samples, b.samples, seed=0)
+    interval = ratio_interval(a.samples, b.samples, seed=0) if min(a.samples) > 0 else None
     low, high = interval or (None, None)
     return {
         "name": name,
@@ -197,7 +213,7 @@ def _row(name: str, a: Metric, b: Metric) -> dict[str, Any]:
         "samples_b": len(b.samples),
         "p50_a": p50_a,
         "p50_b": p50_b,
-        "ratio": p50_b / p50_a,
+        "ratio": p50_b / p50_a if p50_a else None,
         "low": low,
         "high": high,
         "verdict": verdict(a.unit, interval),

@@ -30,13 +30,16 @@ def _metric(row: Mapping[str, Any]) -> tuple[str, ...]:
     interval = "" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"
     name = row["name"].removesuffix("_s") if milli else row["name"]
     figures = (_figure(row[key] * scale) for key in ("p50_a", "p50_b"))
-    return name, unit, *figures, f"{row['ratio']:.3f}", interval, row["verdict"]
+    return name, unit, *figures, _ratio(row["ratio"]), interval, row["verdict"]
 
 
 def _memory(row: Mapping[str, Any]) -> tuple[str, ...]:
     figures = ("unknown" if row[who] is None else _figure(row[who] / 2**20) for who in ("a", "b"))
-    ratio = "" if row["ratio"] is None else f"{row['ratio']:.3f}"
-    return row["name"].removesuffix("_bytes"), "MiB", *figures, ratio, "", ""
+    return row["name"].removesuffix("_bytes"), "MiB", *figures, _ratio(row["ratio"]), "", ""
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 def _figure(value: float) -> str:

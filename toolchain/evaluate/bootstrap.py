@@ -72,7 +72,7 @@ def paired_interval(
 def ratio_interval(before: Sequence[float], after: Sequence[float], *, seed: int) -> tuple[float, float] | None:
     """Interval of median(after) ÷ median(before), for samples that are not pairs: each side is drawn by itself.
 
-    All samples are above 0. None with fewer than two of them on a side.
+    All samples of `before` are above 0. None with fewer than two of them on a side.
     """
     if min(len(before), len(after)) < 2:
         return None
