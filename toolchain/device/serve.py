@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from . import launch
 from .errors import DeviceError
-from .files import Bundle, bundle_of, sha256
+from .files import Bundle, bundle_of, problems, sha256
 from .launch import (
     KEY_VARIABLE,
     Child,
@@ -291,42 +291,52 @@ def run(
     """Serve until a signal (raised as an exception by `main`) ends it; a server that crashes is started again.
 
     With `tuned` settings, unless it does not start with them. `first` was started already, its address checked before
-    that. Raises DeviceError when it does not become ready, or crashes again and again.
+    that. Raises DeviceError when it does not become ready the first time, or ends again and again, or is damaged by
+    then.
     """
     keys = read_keys(key_file)
     if first is None:
         check_address(host, port, has_key=bool(keys))
-    restarts = Restarts()
+    restarts, was_ready = Restarts(), False
     say("settings: the presets'" if tuned is None else f"settings: tuned, {tuned.gain:.2f} × as fast: {tuned}")
     while True:
-        server = first or start(
-            bundle,
-            host=host,
-            port=port,
-            key_file=key_file,
-            key=launch.environment_key(keys, key_file),
-            thread_count=tuned.threads if tuned is not None else None,
-            extra=tuned.arguments if tuned is not None else (),
-            on_line=say,
-        )
-        first = None
-        with server:
-            digest = _Digest(bundle.model)
-            try:
-                seconds = server.wait_ready(ready_timeout_s(bundle))
-            except DeviceError as error:
-                if tuned is None:
-                    raise
-                say(f"{error.message}; the tuned settings are left out")
-                tuned = None
-                continue
-            require_model(bundle, server, keys, digest)
-            shown = f"[{host}]" if ":" in host else host
-            url, name = f"http://{shown}:{port}", bundle.manifest["name"]
-            say(f"ready after {seconds:.2f} s: {name} on {url} (chat page) and {url}/v1 (API)")
-            server.wait()
-            ended = f"llama-server {server.ended()}: {server.last_error()}"
-        wait_s = restarts.after(time.perf_counter() - server.spawned_at_s)
+        lived_s = 0.0
+        try:
+            server = first or start(
+                bundle,
+                host=host,
+                port=port,
+                key_file=key_file,
+                key=launch.environment_key(keys, key_file),
+                thread_count=tuned.threads if tuned is not None else None,
+                extra=tuned.arguments if tuned is not None else (),
+                on_line=say,
+            )
+            first = None
+            with server:
+                digest = _Digest(bundle.model)
+                try:
+                    seconds = server.wait_ready(ready_timeout_s(bundle))
+                except DeviceError as error:
+                    if tuned is None or was_ready:
+                        raise
+                    say(f"{error.message}; the tuned settings are left out")
+                    tuned = None
+                    continue
+                require_model(bundle, server, keys, digest)
+                shown = f"[{host}]" if ":" in host else host
+                url, name = f"http://{shown}:{port}", bundle.manifest["name"]
+                say(f"ready after {seconds:.2f} s: {name} on {url} (chat page) and {url}/v1 (API)")
+                was_ready = True
+                server.wait()
+                ended = f"llama-server {server.ended()}: {server.last_error()}"
+                lived_s = time.perf_counter() - server.spawned_at_s
+        except DeviceError as error:
+            # What has served may lack memory or its port for a while; what is damaged does not mend itself.
+            if not was_ready or problems(bundle):
+                raise
+            ended = error.message
+        wait_s = restarts.after(lived_s)
         if wait_s is None:
             raise DeviceError(f"{ended}; it ended {restarts.LIMIT + 1} times in a row", hint="./edgectl doctor, smoke")
         say(f"{ended}; started again in {wait_s:g} s")
