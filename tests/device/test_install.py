@@ -280,6 +280,21 @@ def test_kill_9_of_the_releases_edgectl_takes_the_server_along_and_is_followed_b
     device.wait_for("1")
 
 
+def test_a_good_release_that_is_killed_after_it_started_is_not_stood_in_for(device: Device) -> None:
+    device.install("1")
+    device.install("2")
+    for times in range(1, 4):
+        (edgectl,) = _children(device.supervisor)
+        os.kill(edgectl, signal.SIGKILL)
+        end_s = time.monotonic() + _RESTART_S
+        # Of both installations and of each start after a kill.
+        while device.log().count("ready after") < 2 + times:
+            assert time.monotonic() < end_s, device.log()[-3000:]
+            time.sleep(0.02)
+        assert device.serves() == "2"
+    assert "is served instead" not in device.log()
+
+
 def _damaged(device: Device) -> tuple[Path, bytes]:
     """The model of a good release 2 was cut, and 1 stands in for it: the model's file, and what was in it."""
     device.install("1")
