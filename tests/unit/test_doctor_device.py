@@ -537,9 +537,18 @@ def test_a_bundle_for_the_processor_is_not_asked_for_cuda(make: Make, jetpack6: 
     assert found.keys() == HOST_CHECKS | LOOKS | {"L4T", "power mode"}
 
 
-def test_a_promised_gpu_that_is_not_found_fails(make: Make, jetpack6: Machine) -> None:
+@pytest.mark.parametrize(
+    "says",
+    [
+        "echo 'Available devices:'",
+        "echo 'CUDA error: out of memory'; exit 1",
+        "echo 'CUDA error: out of memory'",
+        "echo '  CUDA0: Orin (7607 MiB, 6000 MiB free)'; kill -ABRT $$",
+    ],
+)
+def test_a_promised_gpu_that_is_not_found_fails(make: Make, jetpack6: Machine, says: str) -> None:
     bundle = make("jetson-orin")
-    (bundle.programs / "llama-server").write_text("#!/bin/sh\necho 'Available devices:'\n")
+    (bundle.programs / "llama-server").write_text(f"#!/bin/sh\n{says}\n")
     finding = looked(bundle, jetpack6)["backend"]
     assert finding.level == "fail"
     assert finding.detail.startswith("llama-server finds no CUDA device")

@@ -231,7 +231,8 @@ def require_backend(bundle: Bundle) -> None:
             child.kill()
             raise DeviceError(f"llama-server did not name its devices within {_DEVICES_TIMEOUT_S:.0f} s") from None
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    if not any(line.startswith(expected) for line in lines):
+    named = any(re.match(rf"{re.escape(expected)}\d+:", line) for line in lines)  # "CUDA error: …" names none
+    if child.returncode != 0 or not named:
         last = (lines or ["it said nothing"])[-1]
         raise DeviceError(
             f"llama-server finds no {expected} device, and would use the processor: {last}",
