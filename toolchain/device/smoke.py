@@ -111,7 +111,8 @@ def _checked(name: str, function: Callable[[], tuple[bool, str]]) -> Check:
 
 
 def _backend(bundle: files.Bundle, server: Server) -> tuple[bool, str]:
-    """The backend that holds most of the weights, and the library that was loaded for it."""
+    """Where the weights lie, and the library that was loaded for it: most of them on the backend that is promised, or
+    as many layers on it as the profile asks for."""
     expected = str(bundle.manifest["runtime"]["backend"])
     end_s = time.monotonic() + _LOG_WAIT_S
     while not (held := _held(server)) and time.monotonic() < end_s:
@@ -119,15 +120,26 @@ def _backend(bundle: files.Bundle, server: Server) -> tuple[bool, str]:
     libraries = server.libraries()
     if not held:
         return False, "the server's log does not say where the weights are"
-    used = max(held, key=lambda name: held[name])
-    shown = f"{used} holds {held[used]:.0f} MiB of weights; loaded: {', '.join(libraries) or 'built in'}"
+    asked = _layers_on_gpu(bundle)
     # Buffers are named after the device: CPU, CPU_Mapped, CPU_REPACK, CUDA0.
-    right = used.startswith(expected)
+    names = [name for name in held if name.startswith(expected)] if asked is not None else list(held)
+    used = max(names or held, key=lambda name: held[name])
+    shown = f"{used} holds {held[used]:.0f} MiB of weights; loaded: {', '.join(libraries) or 'built in'}"
+    right, wanted = used.startswith(expected), expected
     for line in list(server.log) if expected != "CPU" else []:
         if match := re.search(r"offloaded (\d+)/(\d+) layers", line):
-            right = right and match[1] == match[2]
-            shown += f"; {match[1]} of {match[2]} layers on the GPU"
-    return right, f"{shown}; {expected} is expected"
+            offloaded, total = int(match[1]), int(match[2])
+            right = right and offloaded == (total if asked is None else min(asked, total))
+            shown += f"; {offloaded} of {total} layers on the GPU"
+            wanted = expected if asked is None else f"{expected} with {asked} layers"
+    return right, f"{shown}; {wanted} is expected"
+
+
+def _layers_on_gpu(bundle: files.Bundle) -> int | None:
+    """As many as the profile asks for; None for all."""
+    argv = bundle.presets()["server"]["argv"]
+    given = argv[argv.index("--n-gpu-layers") + 1] if "--n-gpu-layers" in argv else "all"
+    return None if given == "all" else int(given)
 
 
 def _held(server: Server) -> dict[str, float]:
