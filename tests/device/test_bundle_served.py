@@ -124,7 +124,7 @@ def test_a_copied_bundle_passes_every_smoke_check(bundle: Path) -> None:
     result = edgectl(bundle, "smoke", "--json")
     found = checks(result)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert len(found) == 18
+    assert len(found) == 19
     assert all(ok for ok, _ in found.values())
     assert found["server ready"][1].startswith(("refused → 503 → 200", "503 → 200", "refused → 200"))
     assert "libggml-cpu-" in found["backend"][1]
