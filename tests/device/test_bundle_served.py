@@ -139,6 +139,15 @@ def test_running_a_bundle_leaves_no_file_behind(bundle: Path) -> None:
     assert not list(bundle.rglob("__pycache__"))
 
 
+def test_health_is_503_while_a_model_is_loaded(bundle: Path) -> None:
+    opened = files.open_bundle(bundle)
+    # Half a gigabyte of keys and values is cleared before it is ready.
+    with serve.start(opened, host="127.0.0.1", port=serve.free_port(), extra=("--ctx-size", "400000")) as server:
+        server.wait_ready(serve.ready_timeout_s(opened))
+        assert server.health in (["refused", "503", "200"], ["503", "200"])
+        assert server.listening_s < server.ready_s
+
+
 def test_smoke_fails_when_the_server_renders_other_prompt_ids(make: Builder) -> None:
     wrong = tiny_chat.golden()
     wrong[1]["prompt_ids"][-1] = 7
@@ -346,6 +355,51 @@ def test_a_server_that_dies_while_it_loads_again_is_started_again(bundle: Path, 
         assert again[1].startswith("llama-server was ended by SIGKILL")
         assert again[2].startswith("llama-server no longer answers")
         assert answers(port)
+
+
+def test_programs_are_told_of_each_start_and_each_end(bundle: Path) -> None:
+    port = serve.free_port()
+    argv = [_PYTHON, "-I", "-S", str(bundle / "edgectl"), "serve", "--port", str(port), "--json"]
+    said: list[dict[str, Any]] = []
+    with subprocess.Popen(argv, cwd="/", env=_ENVIRONMENT, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        for line in child.stdout:
+            said.append(json.loads(line))
+            if len(said) == 3:
+                child.terminate()
+            elif said[-1]["event"] == "ready":
+                os.kill(said[-1]["pid"], signal.SIGKILL)
+    assert child.returncode == 143
+    assert [event["event"] for event in said] == ["ready", "ended", "ready"]
+    assert {event["bundle"] for event in said} == {files.open_bundle(bundle).id}
+    assert said[0]["url"] == f"http://127.0.0.1:{port}"
+    assert said[0]["seconds"] > 0
+    assert said[1]["again_in_s"] == 0.5
+    assert said[1]["reason"].startswith("llama-server was ended by SIGKILL")
+
+
+def test_a_server_is_not_stopped_because_nobody_takes_its_events(bundle: Path) -> None:
+    port = serve.free_port()
+    argv = [_PYTHON, "-I", "-S", str(bundle / "edgectl"), "serve", "--port", str(port), "--json"]
+    with subprocess.Popen(
+        argv, cwd="/", env=_ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        assert child.stderr is not None
+        child.stdout.close()
+        try:
+            for line in child.stderr:
+                if line.startswith("ready after"):
+                    break
+            _kill_server(child)
+            for line in child.stderr:
+                if line.startswith("ready after"):
+                    break
+            assert answers(port)
+        finally:
+            child.terminate()
+            child.stderr.read()
+    assert child.returncode == 143
 
 
 def test_starts_that_fail_again_and_again_end_edgectl(

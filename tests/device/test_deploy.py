@@ -217,7 +217,9 @@ def test_a_release_that_is_not_good_is_told_as_rolled_back(site: Site, devices: 
     assert "0 of 2 golden prompts stop at eos" in found["reason"]
     assert found["hint"] == f"{device.release('1').name} serves again"
     assert device.serves() == "1"
-    assert not (Path(found["records"]) / "install.json").exists()
+    record = json.loads((Path(found["records"]) / "install.json").read_text())
+    assert (record["good"], record["release"], record["serves"]) == (False, found["release"], device.release("1").name)
+    assert [item["name"] for item in record["smoke"]["checks"] if not item["ok"]] == ["stops at eos"]
     assert list(site.incoming(_FIRST).iterdir()) == []
 
 

@@ -130,9 +130,20 @@ def test_the_second_release_takes_over_and_the_first_comes_back_by_rollback(devi
 
 
 def test_a_release_that_is_not_good_is_rolled_back_unattended(device: Device) -> None:
-    device.install("1")
-    result = device.edgectl("install", by="endless")
+    installed = json.loads(device.edgectl("install", "--json", by="1").stdout)
+    assert (installed["good"], installed["reason"], installed["smoke"]["ok"]) == (True, None, True)
+    assert installed["serves"] == installed["release"] == device.release("1").name
+    result = device.edgectl("install", "--json", by="endless")
     assert result.returncode == 3
+    record = json.loads(result.stdout)
+    assert record.keys() == installed.keys()
+    assert (record["good"], record["serves"], record["release"]) == (
+        False,
+        device.release("1").name,
+        device.release("3").name,
+    )
+    assert [item["name"] for item in record["smoke"]["checks"] if not item["ok"]] == ["stops at eos"]
+    assert record["reason"] in result.stderr
     assert "0 of 2 golden prompts stop at eos" in result.stderr
     assert result.stderr.splitlines()[-1] == f"hint: {device.release('1').name} serves again"
     assert device.serves() == "1"
@@ -166,6 +177,7 @@ def test_a_release_whose_programs_do_not_start_is_rolled_back(device: Device, tm
     device.bundles = {**device.bundles, "broken": staged}
     result = device.edgectl("install", by="broken")
     assert result.returncode == 3, result.stderr
+    assert result.stdout == ""
     assert "llama-server ended with exit code 1" in result.stderr
     assert device.serves() == "1"
 
@@ -563,7 +575,9 @@ def test_a_service_whose_process_is_not_to_be_seen_is_not_left_behind(device: De
 def test_uninstall_leaves_what_is_not_ours(device: Device) -> None:
     device.install("1")
     (device.root / "notes.txt").write_text("mine")
-    assert device.edgectl("uninstall").returncode == 0
+    release = device.release("1").name
+    result = device.edgectl("uninstall", "--json")
+    assert (result.returncode, json.loads(result.stdout)) == (0, {"schema_version": 1, "removed": [release]})
     assert [path.name for path in device.root.iterdir()] == ["notes.txt"]
     assert device.serves() is None
     again = device.edgectl("uninstall")

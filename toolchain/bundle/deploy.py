@@ -389,12 +389,17 @@ class _Deployment:
                 self.result.tokens_per_s = float(self._read(record)["metrics"]["served_decode_tps"]["p50"])
 
     def _edgectl(self, folder: str, verb: str, *arguments: str, stdout: Path) -> None:
-        """Run a bundle's edgectl there; its record goes to `stdout`, which is not there when it failed."""
+        """Run a bundle's edgectl there; its record goes to `stdout`, which is not there when it failed.
+
+        Of a release that was rolled back it is: an edgectl older than that writes none.
+        """
         argv = [*self._sudo(), "python3", "-I", "-S", f"{folder}/edgectl", verb, "--json", *arguments]
         try:
             self._ssh(argv, stdout=stdout, on_line=self._say)
-        except BaseException:
-            stdout.unlink(missing_ok=True)
+        except BaseException as error:
+            rolled_back = isinstance(error, _ExitError) and error.code == RolledBackError.exit_code
+            if not (rolled_back and stdout.stat().st_size):
+                stdout.unlink(missing_ok=True)
             raise
 
     def _read(self, record: Path) -> dict[str, Any]:

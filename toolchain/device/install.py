@@ -81,12 +81,13 @@ def gc(home: Home, *, say: Say) -> list[str]:
         return doomed
 
 
-def uninstall(service: Service, *, say: Say) -> None:
-    """Stop the service and remove the releases and what is kept of them. What is not ours stays."""
+def uninstall(service: Service, *, say: Say) -> list[str]:
+    """Stop the service and remove the releases and what is kept of them: which ones. What is not ours stays."""
     home = service.home
     if not (home.releases.is_dir() or service.unit.is_file() or (home.root / tuned.FOLDER).is_dir()):
         raise _nothing_there(home)
     with home.locked("uninstall"), _disk_errors(home):
+        releases = home.names()
         say("stopping the service")
         service.stop(remove=True)
         for link in ("current", "service"):
@@ -98,6 +99,7 @@ def uninstall(service: Service, *, say: Say) -> None:
     (home.root / "lock").unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # something of the user's own is in it
         home.root.rmdir()
+    return releases
 
 
 def status(service: Service) -> dict[str, Any]:
@@ -274,7 +276,36 @@ def _activate(service: Service, release: str, settings: Settings, say: Say) -> d
     home.write_state(State(good=release, previous=before.previous if again else before.good, failed=before.failed))
     home.point("service", release)
     say(f"{release} is good")
-    return {"schema_version": 1, "release": release, "previous": home.state().previous, "smoke": report}
+    return _record(release, serves=release, previous=home.state().previous, smoke=report)
+
+
+def _record(
+    release: str,
+    *,
+    serves: str | None,
+    previous: str | None,
+    reason: str | None = None,
+    smoke: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What became of a release: `reason` why it was not kept, `smoke` what its trial found, as far as it came."""
+    return {
+        "schema_version": 1,
+        "release": release,
+        "good": reason is None,
+        "reason": reason,
+        "serves": serves,
+        "previous": previous,
+        "smoke": smoke,
+    }
+
+
+class _TrialError(DeviceError):
+    """The release answers, and fails checks."""
+
+    def __init__(self, report: dict[str, Any]) -> None:
+        failed = [f"{item['name']}: {item['detail']}" for item in report["checks"] if not item["ok"]]
+        super().__init__(f"{len(failed)} of {len(report['checks'])} checks failed: {'; '.join(failed)}")
+        self.report = report
 
 
 def _try(service: Service, release: str, settings: Settings, say: Say, *, anew: bool) -> dict[str, Any]:
@@ -287,9 +318,8 @@ def _try(service: Service, release: str, settings: Settings, say: Say, *, anew: 
     say("it answers; trying it")
     report = smoke.live(bundle, _client(settings), say)
     place.replace_json(home.records / f"{release}.smoke.json", report)
-    failed = [f"{item['name']}: {item['detail']}" for item in report["checks"] if not item["ok"]]
-    if failed:
-        raise DeviceError(f"{len(failed)} of {len(report['checks'])} checks failed: {'; '.join(failed)}")
+    if not report["ok"]:
+        raise _TrialError(report)
     return report
 
 
@@ -368,6 +398,13 @@ def _fall_back(service: Service, before: State, release: str, error: BaseExcepti
         raise RolledBackError(
             f"{release} was not good: {error.message}",
             hint=f"{back} serves again" if back else "no release is served; edgectl status",
+            record=_record(
+                release,
+                serves=back,
+                previous=before.previous,
+                reason=error.message,
+                smoke=error.report if isinstance(error, _TrialError) else None,
+            ),
         ) from None
 
 

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 __all__ = ["KEY_VARIABLE", "check_address", "check_listen", "clean_environment", "fill", "free_port", "read_keys"]
 """Of the start, for those who have to do with servers."""
 
+Tell = Callable[[dict[str, object]], None]
+"""Takes an event, for programs: "event" is "ready" or "ended"."""
+
 _STOP_GRACE_S = 10.0
 _DEVICES_TIMEOUT_S = 60.0
 _POLL_S = 0.005
@@ -270,13 +273,17 @@ class Restarts:
         return float(min(self.LONGEST_S, self.FIRST_S * 2 ** (self._in_a_row - 1)))
 
 
-def go_on(launched: Launched, say: Callable[[str], None]) -> None:
+def nobody(event: dict[str, object]) -> None:
+    """Events that nobody asked for."""
+
+
+def go_on(launched: Launched, say: Callable[[str], None], tell: Tell) -> None:
     """Serve with a server that was started already; otherwise as `run`."""
     asked = launched.options
     bundle = bundle_of(Path(launched.root), launched.manifest, launched.content)
     first = Server(launched.child, host=asked.host, port=asked.port, on_line=say)
     key_file = None if asked.api_key_file is None else Path(asked.api_key_file)
-    run(bundle, host=asked.host, port=asked.port, key_file=key_file, say=say, first=first)
+    run(bundle, host=asked.host, port=asked.port, key_file=key_file, say=say, tell=tell, first=first)
 
 
 def run(
@@ -287,6 +294,7 @@ def run(
     key_file: Path | None,
     tuned: "Tuned | None" = None,
     say: Callable[[str], None],
+    tell: Tell = nobody,
     first: Server | None = None,
 ) -> None:
     """Serve until a signal (raised as an exception by `main`) ends it; a server that crashes is started again.
@@ -328,16 +336,21 @@ def run(
                 shown = f"[{host}]" if ":" in host else host
                 url, name = f"http://{shown}:{port}", bundle.manifest["name"]
                 say(f"ready after {seconds:.2f} s: {name} on {url} (chat page) and {url}/v1 (API)")
+                tell({"event": "ready", "bundle": bundle.id, "url": url, "pid": server.pid, "seconds": seconds})
                 was_ready = True
                 server.wait()
                 ended = f"llama-server {server.ended()}: {server.last_error()}"
                 lived_s = time.perf_counter() - server.spawned_at_s
         except DeviceError as error:
+            if not was_ready:
+                raise
             # What has served may lack memory or its port for a while; what is damaged does not mend itself.
-            if not was_ready or problems(bundle):
+            if problems(bundle):
+                tell({"event": "ended", "bundle": bundle.id, "reason": error.message, "again_in_s": None})
                 raise
             ended = error.message
         wait_s = restarts.after(lived_s)
+        tell({"event": "ended", "bundle": bundle.id, "reason": ended, "again_in_s": wait_s})
         if wait_s is None:
             raise DeviceError(f"{ended}; it ended {restarts.LIMIT + 1} times in a row", hint="./edgectl doctor, smoke")
         say(f"{ended}; started again in {wait_s:g} s")
