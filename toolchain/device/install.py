@@ -1,8 +1,8 @@
 """Put a bundle in service: staged, flushed, swapped in, tried, and kept when good; else the one before serves on."""
 
 import contextlib
+import errno
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -84,18 +84,15 @@ def gc(home: Home, *, say: Say) -> list[str]:
 def uninstall(service: Service, *, say: Say) -> list[str]:
     """Stop the service and remove the releases and what is kept of them: which ones. What is not ours stays."""
     home = service.home
-    if not (home.releases.is_dir() or service.unit.is_file() or (home.root / tuned.FOLDER).is_dir()):
+    # Whoever was killed on the way leaves the lock's file to the end.
+    ours = (home.releases, service.unit, home.root / tuned.FOLDER, home.root / "lock")
+    if not any(path.exists() for path in ours):
         raise _nothing_there(home)
     with home.locked("uninstall"), _disk_errors(home):
         releases = home.names()
         say("stopping the service")
         service.stop(remove=True)
-        for link in ("current", "service"):
-            (home.root / link).unlink(missing_ok=True)
-        for folder in ("releases", "settings", "records", tuned.FOLDER):
-            shutil.rmtree(home.root / folder, ignore_errors=True)
-        for name in ("state.json", "status.json", "service.log"):
-            (home.root / name).unlink(missing_ok=True)
+        home.remove_all()
     (home.root / "lock").unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # something of the user's own is in it
         home.root.rmdir()
@@ -317,7 +314,7 @@ def _try(service: Service, release: str, settings: Settings, say: Say, *, anew: 
     _wait_served(service, release, settings, serve.ready_timeout_s(bundle) + _MARGIN_S)
     say("it answers; trying it")
     report = smoke.live(bundle, _client(settings), say)
-    place.replace_json(home.records / f"{release}.smoke.json", report)
+    place.replace_json(home.smoke_record(release), report)
     if not report["ok"]:
         raise _TrialError(report)
     return report
@@ -372,6 +369,8 @@ def _fall_back(service: Service, before: State, release: str, error: BaseExcepti
     """What served before serves again. Raises RolledBackError for a release that was not good."""
     home = service.home
     reason = error.message if isinstance(error, DeviceError) else "it was interrupted"
+    if isinstance(error, OSError):
+        reason = f"{error.filename or home.root}: {error.strerror}"
     say(f"{release} is not kept: {reason}")
     failed = {
         "release": release,
@@ -423,6 +422,6 @@ def _disk_errors(home: Home) -> Iterator[None]:
         yield
     except OSError as error:
         name = error.filename if error.filename is not None else home.root
-        raise DeviceError(
-            f"{name}: {os.strerror(error.errno or 0)}", hint="nothing was changed that edgectl status does not show"
-        ) from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = "free some space, then try again" if full else "nothing was changed that edgectl status does not show"
+        raise DeviceError(f"{name}: {os.strerror(error.errno or 0)}", hint=hint) from error
