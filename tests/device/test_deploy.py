@@ -252,6 +252,19 @@ def test_a_bundle_for_another_processor_is_refused_before_it_is_copied(site: Sit
     assert list(site.home(_FIRST).iterdir()) == []
 
 
+def test_a_bundle_that_asks_too_much_of_the_processor_is_refused_before_it_is_copied(
+    site: Site, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(site.made["1"], other)
+    lacking = bundles.ask_too_much(other)
+    found = site.deploy(_FIRST, other, code=1).of[_FIRST]
+    assert (found["outcome"], found["sent_bytes"]) == ("refused", None)
+    assert found["reason"].startswith("this processor lacks ")
+    assert lacking in found["reason"]
+    assert list(site.home(_FIRST).iterdir()) == []
+
+
 def test_a_device_without_rsync_or_python_is_refused_before_anything_is_copied(site: Site, tmp_path: Path) -> None:
     session = site.root / "session"
     text, programs = session.read_text(), tmp_path / "programs"

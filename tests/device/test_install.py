@@ -535,6 +535,23 @@ def test_a_bundle_for_another_machine_is_refused_and_removed(device: Device, tmp
     assert len(releases.Home(device.root).names()) == 1
 
 
+def test_a_bundle_that_asks_too_much_of_the_processor_is_refused_before_anything_stops(
+    device: Device, tmp_path: Path
+) -> None:
+    device.install("1")
+    server = device.server()
+    copy = tmp_path / "other"
+    shutil.copytree(device.bundles["2"], copy)
+    lacking = bundles.ask_too_much(copy)
+    device.bundles = {**device.bundles, "other": copy}
+    result = device.edgectl("install", by="other")
+    assert result.returncode == 1
+    assert "cannot run here: instruction set: this processor lacks " in result.stderr
+    assert lacking in result.stderr
+    assert (device.serves(), device.server()) == ("1", server)
+    assert len(releases.Home(device.root).names()) == 1
+
+
 def test_an_archive_is_installed_by_the_edgectl_that_is_there(device: Device, tmp_path: Path) -> None:
     device.install("1")
     archive = tmp_path / "2.tar"
