@@ -19,7 +19,7 @@ import pytest
 
 from tests.device import bundles, tiny_chat
 from toolchain.bundle import build
-from toolchain.device import files, greedy, serve
+from toolchain.device import files, greedy, serve, tuned
 from toolchain.device.client import Client
 from toolchain.device.errors import BusyError, DeviceError
 from toolchain.gguf import llama_cpp
@@ -301,7 +301,7 @@ def test_a_server_that_dies_is_started_again_with_a_line_that_says_why(bundle: P
 
 
 _ENDS = """#!/bin/sh
-echo started >> '{starts}'
+echo "started $*" >> '{starts}'
 case $(wc -l < '{starts}') in
 {ends}
 esac
@@ -419,6 +419,27 @@ def test_starts_that_fail_again_and_again_end_edgectl(
         serve.run(files.open_bundle(copy), host="127.0.0.1", port=serve.free_port(), key_file=None, say=say)
     assert sum("started again in" in line for line in said) == 6
     assert (tmp_path / "starts").read_text().count("started") == 7
+
+
+def test_tuned_settings_that_have_served_are_kept_when_a_later_start_fails(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve.Restarts, "FIRST_S", 0.001)
+    copy = _with_starts_that_fail(bundle, tmp_path, "2) kill -9 $$ ;;")
+    settings = tuned.Tuned(1, ("--ubatch-size", "128"), 1.5)
+
+    def say(line: str) -> None:
+        if line.startswith("ready after"):
+            if (tmp_path / "starts").read_text().count("started") == 3:
+                raise KeyboardInterrupt
+            (pid,) = (int(path.parent.name) for path in Path("/proc").glob("[0-9]*/exe") if _is_of(path, copy))
+            os.kill(pid, signal.SIGKILL)
+
+    with pytest.raises(KeyboardInterrupt):
+        serve.run(
+            files.open_bundle(copy), host="127.0.0.1", port=serve.free_port(), key_file=None, tuned=settings, say=say
+        )
+    assert (tmp_path / "starts").read_text().count("--ubatch-size 128") == 3
 
 
 def _is_of(program: Path, folder: Path) -> bool:
