@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 
 from tests.device import tiny_chat
 from toolchain.bundle import build
-from toolchain.device import files
+from toolchain.device import files, processor
 from toolchain.errors import HostError
 from toolchain.gguf import llama_cpp
 from toolchain.gguf.llama_cpp import LlamaCpp
@@ -177,6 +178,18 @@ def promise_cuda(folder: Path) -> None:
     manifest = json.loads((folder / files.MANIFEST).read_text())
     manifest["runtime"]["backend"] = "CUDA"
     reseal(folder, manifest)
+
+
+def ask_too_much(folder: Path) -> str:
+    """The manifest then says that the programs need what this processor lacks: what. Skips where it lacks nothing."""
+    cores = re.findall(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    for option, names in processor._X86_EXTRA_OPTIONS.items():
+        if cores and names[0] not in cores[0].split():
+            manifest = json.loads((folder / files.MANIFEST).read_text())
+            manifest["runtime"]["flags"] = ["-DGGML_NATIVE=OFF", f"-D{option}=ON"]
+            reseal(folder, manifest)
+            return names[0]
+    pytest.skip("this processor has every instruction that a bundle can ask for")
 
 
 def every_byte(folder: Path) -> dict[str, tuple[int, bytes]]:

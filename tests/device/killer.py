@@ -38,7 +38,8 @@ def main(edgectl: str, kill_before: str, arguments: list[str]) -> None:
         elif event == "http.client.connect":
             step = "ask"
         elif event in _CHANGES:
-            step = f"{event} {details[0] if details else ''}"
+            # Of a process that is another one each time, the signal.
+            step = f"{event} {details[1] if event == 'os.kill' else details[0] if details else ''}"
         else:
             return
         seen[step] += 1

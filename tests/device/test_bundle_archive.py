@@ -41,7 +41,9 @@ def unpacked(path: Path, into: Path, required: signature.Policy | None = None) -
     return unpack.run(path, into, required=required, say=lambda _: None)
 
 
-def test_the_bundle_comes_out_as_it_went_in_and_works_there(built: Path, packed: Path, place: Path) -> None:
+def test_the_bundle_comes_out_as_it_went_in_and_works_there(
+    built: Path, packed: Path, place: Path, tmp_path: Path
+) -> None:
     done = edgectl(built, "unpack", str(packed), str(place))
     assert done.returncode == 0, done.stderr
     there = Path(done.stdout.strip())
@@ -50,6 +52,10 @@ def test_the_bundle_comes_out_as_it_went_in_and_works_there(built: Path, packed:
     assert {path.stat().st_mode & 0o7777 for path in [there, *there.rglob("*")] if path.is_dir()} == {0o755}
     assert json.loads(edgectl(there, "verify", "--json").stdout)["ok"]
     assert list(place.iterdir()) == [there]
+    done = edgectl(built, "unpack", "--json", str(packed), str(tmp_path))
+    there = tmp_path / built.name
+    expected = {"schema_version": 1, "bundle": files.open_bundle(there).id, "folder": str(there)}
+    assert json.loads(done.stdout) == expected
 
 
 @pytest.mark.parametrize("umask", [0o077, 0o000, 0o027])

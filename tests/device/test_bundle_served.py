@@ -19,9 +19,9 @@ import pytest
 
 from tests.device import bundles, records, tiny_chat
 from toolchain.bundle import build
-from toolchain.device import files, greedy, measure, serve
+from toolchain.device import files, greedy, measure, serve, tuned
 from toolchain.device.client import Client
-from toolchain.device.errors import BusyError
+from toolchain.device.errors import BusyError, DeviceError
 from toolchain.gguf import llama_cpp
 from toolchain.reporter import Silent
 from toolchain.target import read_target
@@ -124,7 +124,7 @@ def test_a_copied_bundle_passes_every_smoke_check(bundle: Path) -> None:
     result = edgectl(bundle, "smoke", "--json")
     found = checks(result)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert len(found) == 18
+    assert len(found) == 19
     assert all(ok for ok, _ in found.values())
     assert found["server ready"][1].startswith(("refused → 503 → 200", "503 → 200", "refused → 200"))
     assert "libggml-cpu-" in found["backend"][1]
@@ -137,6 +137,15 @@ def test_running_a_bundle_leaves_no_file_behind(bundle: Path) -> None:
     edgectl(bundle, "info")
     assert edgectl(bundle, "verify").returncode == 0
     assert not list(bundle.rglob("__pycache__"))
+
+
+def test_health_is_503_while_a_model_is_loaded(bundle: Path) -> None:
+    opened = files.open_bundle(bundle)
+    # Half a gigabyte of keys and values is cleared before it is ready.
+    with serve.start(opened, host="127.0.0.1", port=serve.free_port(), extra=("--ctx-size", "400000")) as server:
+        server.wait_ready(serve.ready_timeout_s(opened))
+        assert server.health in (["refused", "503", "200"], ["503", "200"])
+        assert server.listening_s < server.ready_s
 
 
 def test_smoke_fails_when_the_server_renders_other_prompt_ids(make: Builder) -> None:
@@ -289,6 +298,178 @@ def test_a_server_that_dies_is_started_again_with_a_line_that_says_why(bundle: P
         (now,) = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
         assert now != pid
         assert answers(port)
+
+
+_ENDS = """#!/bin/sh
+echo "started $*" >> '{starts}'
+case $(wc -l < '{starts}') in
+{ends}
+esac
+exec "$0-itself" "$@"
+"""
+_ENDS_AFTER_HEALTH = """exec python3 -c '
+import http.server, os, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        if self.path != "/health":
+            os._exit(3)
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+address = ("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1]))
+http.server.ThreadingHTTPServer(address, Handler).serve_forever()
+' "$@" """
+
+
+def _with_starts_that_fail(bundle: Path, tmp_path: Path, ends: str) -> Path:
+    """A copy whose llama-server ends as `ends`, cases of sh by the number of the start, says."""
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy)
+    manifest = json.loads((copy / files.MANIFEST).read_text())
+    name = "runtime/bin/llama-server"
+    (copy / name).rename(copy / f"{name}-itself")
+    manifest["files"][f"{name}-itself"] = dict(manifest["files"][name])
+    (copy / name).write_text(_ENDS.format(starts=tmp_path / "starts", ends=ends))
+    (copy / name).chmod(0o755)
+    bundles.reseal(copy, manifest)
+    return copy
+
+
+def _kill_server(edgectl: "subprocess.Popen[str]") -> None:
+    (pid,) = Path(f"/proc/{edgectl.pid}/task/{edgectl.pid}/children").read_text().split()
+    os.kill(int(pid), signal.SIGKILL)
+
+
+def test_a_server_that_dies_while_it_loads_again_is_started_again(bundle: Path, tmp_path: Path) -> None:
+    copy = _with_starts_that_fail(bundle, tmp_path, f"2) kill -9 $$ ;;\n3) {_ENDS_AFTER_HEALTH} ;;")
+    with serving(copy) as (child, port):
+        _kill_server(child)
+        assert child.stderr is not None
+        said = []
+        for line in child.stderr:
+            said.append(line)
+            if line.startswith("ready after"):
+                break
+        again = [line for line in said if "started again in" in line]
+        assert [line.rpartition(" in ")[2] for line in again] == ["0.5 s\n", "1 s\n", "2 s\n"], said
+        assert again[1].startswith("llama-server was ended by SIGKILL")
+        assert again[2].startswith("llama-server no longer answers")
+        assert answers(port)
+
+
+def test_programs_are_told_of_each_start_and_each_end(bundle: Path) -> None:
+    port = serve.free_port()
+    argv = [_PYTHON, "-I", "-S", str(bundle / "edgectl"), "serve", "--port", str(port), "--json"]
+    said: list[dict[str, Any]] = []
+    with subprocess.Popen(argv, cwd="/", env=_ENVIRONMENT, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        for line in child.stdout:
+            said.append(json.loads(line))
+            if len(said) == 3:
+                child.terminate()
+            elif said[-1]["event"] == "ready":
+                os.kill(said[-1]["pid"], signal.SIGKILL)
+    assert child.returncode == 143
+    assert [event["event"] for event in said] == ["ready", "ended", "ready"]
+    assert {event["bundle"] for event in said} == {files.open_bundle(bundle).id}
+    assert said[0]["url"] == f"http://127.0.0.1:{port}"
+    assert said[0]["seconds"] > 0
+    assert said[1]["again_in_s"] == 0.5
+    assert said[1]["reason"].startswith("llama-server was ended by SIGKILL")
+
+
+def test_a_server_is_not_stopped_because_nobody_takes_its_events(bundle: Path) -> None:
+    port = serve.free_port()
+    argv = [_PYTHON, "-I", "-S", str(bundle / "edgectl"), "serve", "--port", str(port), "--json"]
+    with subprocess.Popen(
+        argv, cwd="/", env=_ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        assert child.stderr is not None
+        child.stdout.close()
+        try:
+            for line in child.stderr:
+                if line.startswith("ready after"):
+                    break
+            _kill_server(child)
+            for line in child.stderr:
+                if line.startswith("ready after"):
+                    break
+            assert answers(port)
+        finally:
+            child.terminate()
+            child.stderr.read()
+    assert child.returncode == 143
+
+
+def test_starts_that_fail_again_and_again_end_edgectl(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve.Restarts, "FIRST_S", 0.001)
+    copy = _with_starts_that_fail(bundle, tmp_path, "1) ;;\n*) echo no memory; exit 1 ;;")
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        if line.startswith("ready after"):
+            (pid,) = (int(path.parent.name) for path in Path("/proc").glob("[0-9]*/exe") if _is_of(path, copy))
+            os.kill(pid, signal.SIGKILL)
+
+    with pytest.raises(DeviceError, match=r"exit code 1: no memory; it ended 7 times in a row"):
+        serve.run(files.open_bundle(copy), host="127.0.0.1", port=serve.free_port(), key_file=None, say=say)
+    assert sum("started again in" in line for line in said) == 6
+    assert (tmp_path / "starts").read_text().count("started") == 7
+
+
+def test_tuned_settings_that_have_served_are_kept_when_a_later_start_fails(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve.Restarts, "FIRST_S", 0.001)
+    copy = _with_starts_that_fail(bundle, tmp_path, "2) kill -9 $$ ;;")
+    settings = tuned.Tuned(1, ("--ubatch-size", "128"), 1.5)
+
+    def say(line: str) -> None:
+        if line.startswith("ready after"):
+            if (tmp_path / "starts").read_text().count("started") == 3:
+                raise KeyboardInterrupt
+            (pid,) = (int(path.parent.name) for path in Path("/proc").glob("[0-9]*/exe") if _is_of(path, copy))
+            os.kill(pid, signal.SIGKILL)
+
+    with pytest.raises(KeyboardInterrupt):
+        serve.run(
+            files.open_bundle(copy), host="127.0.0.1", port=serve.free_port(), key_file=None, tuned=settings, say=say
+        )
+    assert (tmp_path / "starts").read_text().count("--ubatch-size 128") == 3
+
+
+def _is_of(program: Path, folder: Path) -> bool:
+    try:
+        return program.readlink().is_relative_to(folder)
+    except OSError:  # another user's, or gone
+        return False
+
+
+def test_a_first_start_that_fails_ends_edgectl_with_its_reason(bundle: Path, tmp_path: Path) -> None:
+    copy = _with_starts_that_fail(bundle, tmp_path, "*) echo no memory; exit 1 ;;")
+    result = edgectl(copy, "serve", "--port", str(serve.free_port()))
+    assert result.returncode == 1
+    assert "error: llama-server ended with exit code 1: no memory\n" in result.stderr
+    assert (tmp_path / "starts").read_text().count("started") == 1
+
+
+def test_a_bundle_that_was_damaged_since_is_not_tried_again_and_again(bundle: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy)
+    with serving(copy) as (child, _):
+        model = next((copy / "model").iterdir())
+        content = model.read_bytes()
+        model.unlink()
+        model.write_bytes(content[: len(content) // 2])
+        _kill_server(child)
+        _, errors = child.communicate(timeout=20)
+    assert child.returncode == 1
+    assert errors.count("started again in") == 1
+    assert "failed to load model" in errors.splitlines()[-1]
 
 
 def test_a_port_in_use_is_one_clear_error_with_a_free_port(bundle: Path) -> None:

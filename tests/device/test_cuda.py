@@ -44,9 +44,13 @@ def test_libraries_that_the_machine_lacks_are_named(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def with_cuda(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _with_layers("all", tmp_path_factory.mktemp("cuda"))
+
+
+def _with_layers(gpu_layers: str | int, out: Path) -> Path:
     target = read_target(str(PROFILE))
-    llama = llama_cpp.build(target.runtime.cmake, report=Silent())
-    return bundles.around(llama, target, tmp_path_factory.mktemp("cuda"))
+    target = target.model_copy(update={"server": target.server.model_copy(update={"gpu_layers": gpu_layers})})
+    return bundles.around(llama_cpp.build(target.runtime.cmake, report=Silent()), target, out)
 
 
 @pytest.mark.gpu
@@ -57,6 +61,15 @@ def test_every_layer_is_on_the_gpu_and_the_answers_are_right(with_cuda: Path) ->
     assert ran.returncode == 0, checks
     assert checks["backend"]["detail"].startswith("CUDA0 holds")
     assert "2 of 2 layers on the GPU" in checks["backend"]["detail"]  # its one layer, and the output
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+def test_as_many_layers_are_on_the_gpu_as_the_profile_says(tmp_path: Path) -> None:
+    ran = bundles.edgectl(_with_layers(1, tmp_path), "smoke", "--json")
+    checks = {item["name"]: item for item in json.loads(ran.stdout)["checks"]}
+    assert ran.returncode == 0, checks
+    assert "1 of 2 layers on the GPU; CUDA with 1 layers is expected" in checks["backend"]["detail"]
 
 
 @pytest.mark.gpu

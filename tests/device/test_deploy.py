@@ -217,7 +217,9 @@ def test_a_release_that_is_not_good_is_told_as_rolled_back(site: Site, devices: 
     assert "0 of 2 golden prompts stop at eos" in found["reason"]
     assert found["hint"] == f"{device.release('1').name} serves again"
     assert device.serves() == "1"
-    assert not (Path(found["records"]) / "install.json").exists()
+    record = json.loads((Path(found["records"]) / "install.json").read_text())
+    assert (record["good"], record["release"], record["serves"]) == (False, found["release"], device.release("1").name)
+    assert [item["name"] for item in record["smoke"]["checks"] if not item["ok"]] == ["stops at eos"]
     assert list(site.incoming(_FIRST).iterdir()) == []
 
 
@@ -247,6 +249,19 @@ def test_a_bundle_for_another_processor_is_refused_before_it_is_copied(site: Sit
     bundles.reseal(copy, manifest)
     found = site.deploy(_FIRST, copy, code=1).of[_FIRST]
     assert (found["outcome"], found["reason"]) == ("refused", "it is x86_64, the bundle is for aarch64")
+    assert list(site.home(_FIRST).iterdir()) == []
+
+
+def test_a_bundle_that_asks_too_much_of_the_processor_is_refused_before_it_is_copied(
+    site: Site, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(site.made["1"], other)
+    lacking = bundles.ask_too_much(other)
+    found = site.deploy(_FIRST, other, code=1).of[_FIRST]
+    assert (found["outcome"], found["sent_bytes"]) == ("refused", None)
+    assert found["reason"].startswith("this processor lacks ")
+    assert lacking in found["reason"]
     assert list(site.home(_FIRST).iterdir()) == []
 
 

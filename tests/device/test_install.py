@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,9 +131,20 @@ def test_the_second_release_takes_over_and_the_first_comes_back_by_rollback(devi
 
 
 def test_a_release_that_is_not_good_is_rolled_back_unattended(device: Device) -> None:
-    device.install("1")
-    result = device.edgectl("install", by="endless")
+    installed = json.loads(device.edgectl("install", "--json", by="1").stdout)
+    assert (installed["good"], installed["reason"], installed["smoke"]["ok"]) == (True, None, True)
+    assert installed["serves"] == installed["release"] == device.release("1").name
+    result = device.edgectl("install", "--json", by="endless")
     assert result.returncode == 3
+    record = json.loads(result.stdout)
+    assert record.keys() == installed.keys()
+    assert (record["good"], record["serves"], record["release"]) == (
+        False,
+        device.release("1").name,
+        device.release("3").name,
+    )
+    assert [item["name"] for item in record["smoke"]["checks"] if not item["ok"]] == ["stops at eos"]
+    assert record["reason"] in result.stderr
     assert "0 of 2 golden prompts stop at eos" in result.stderr
     assert result.stderr.splitlines()[-1] == f"hint: {device.release('1').name} serves again"
     assert device.serves() == "1"
@@ -153,8 +165,8 @@ def test_a_first_release_that_is_not_good_leaves_nothing_that_runs(device: Devic
     assert (status["good"], status["current"], status["service_runs"]) == (None, None, False)
 
 
-def test_a_release_whose_programs_do_not_start_is_rolled_back(device: Device, tmp_path: Path) -> None:
-    device.install("1")
+def broken(device: Device, tmp_path: Path) -> dict[str, Path]:
+    """The device's bundles, and one whose programs do not start."""
     staged = tmp_path / "broken"
     shutil.copytree(device.bundles["2"], staged)
     manifest = json.loads((staged / "manifest.json").read_text())
@@ -163,9 +175,15 @@ def test_a_release_whose_programs_do_not_start_is_rolled_back(device: Device, tm
     server.write_bytes(b"#!/bin/false\n")
     server.chmod(0o755)
     bundles.reseal(staged, manifest)
-    device.bundles = {**device.bundles, "broken": staged}
+    return {**device.bundles, "broken": staged}
+
+
+def test_a_release_whose_programs_do_not_start_is_rolled_back(device: Device, tmp_path: Path) -> None:
+    device.install("1")
+    device.bundles = broken(device, tmp_path)
     result = device.edgectl("install", by="broken")
     assert result.returncode == 3, result.stderr
+    assert result.stdout == ""
     assert "llama-server ended with exit code 1" in result.stderr
     assert device.serves() == "1"
 
@@ -177,21 +195,21 @@ def _steps(device: Device, by: str = "2") -> list[str]:
     return [line for line in output.splitlines() if " #" in line]
 
 
-def _killed(device: Device, step: str, by: str = "2") -> "subprocess.CompletedProcess[str]":
+def _killed(device: Device, step: str, by: str = "2", verb: str = "install") -> "subprocess.CompletedProcess[str]":
     argv = [_PYTHON, "-I", "-S", str(_KILLER), str(device.bundles[by] / "edgectl"), step]
-    argv += ["install", *device.options("install")]
+    argv += [verb, *device.options(verb)]
     return subprocess.run(argv, cwd="/", env=_ENVIRONMENT, capture_output=True, text=True, check=False, timeout=180)
 
 
 def _points(steps: list[str]) -> list[str]:
-    """Each step that makes a difference, once; of the copying, the same sixty times over, five; three questions."""
+    """Each step that makes a difference, once; of the copying, all of which test_killed has, one; three questions."""
     copying = [step for step in steps if ".unpacking/" in step and step.startswith("open")]
     telling = [
         step
         for step in steps
         if re.match(r"open [^\d ]|os.rename|os.symlink|fcntl.flock|os.truncate", step) and step not in copying
     ]
-    return [*copying[:: len(copying) // 5], *telling, "ask #1", "ask #2", "ask #10"]
+    return [copying[len(copying) // 2], *telling, "ask #1", "ask #2", "ask #10"]
 
 
 def test_install_killed_at_every_step_leaves_a_good_release_in_service(device: Device) -> None:
@@ -280,6 +298,21 @@ def test_kill_9_of_the_releases_edgectl_takes_the_server_along_and_is_followed_b
     device.wait_for("1")
 
 
+def test_a_good_release_that_is_killed_after_it_started_is_not_stood_in_for(device: Device) -> None:
+    device.install("1")
+    device.install("2")
+    for times in range(1, 4):
+        (edgectl,) = _children(device.supervisor)
+        os.kill(edgectl, signal.SIGKILL)
+        end_s = time.monotonic() + _RESTART_S
+        # Of both installations and of each start after a kill.
+        while device.log().count("ready after") < 2 + times:
+            assert time.monotonic() < end_s, device.log()[-3000:]
+            time.sleep(0.02)
+        assert device.serves() == "2"
+    assert "is served instead" not in device.log()
+
+
 def _damaged(device: Device) -> tuple[Path, bytes]:
     """The model of a good release 2 was cut, and 1 stands in for it: the model's file, and what was in it."""
     device.install("1")
@@ -339,13 +372,31 @@ def test_a_changed_byte_of_the_model_is_noticed_at_the_next_start(device: Device
         time.sleep(0.05)
 
 
+@contextmanager
+def uninstalled(device: Device) -> Iterator[None]:
+    """In the end, whatever happens."""
+    try:
+        yield
+    finally:
+        device.edgectl("uninstall")
+
+
+@contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[None]:
+    """A disk of so many bytes at `folder`."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
 def test_a_full_disk_leaves_the_good_release_in_service(made: dict[str, Path], tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     size = sum(path.stat().st_size for path in made["1"].rglob("*") if path.is_file())
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(size * 1.3)}", "tmpfs", str(disk)], check=True)
     device = Device(disk / "home", made, serve.free_port())
-    try:
+    with small_disk(disk, int(size * 1.3)), uninstalled(device):
         device.install("1")
         result = device.edgectl("install", by="2")
         assert result.returncode == 1
@@ -359,9 +410,6 @@ def test_a_full_disk_leaves_the_good_release_in_service(made: dict[str, Path], t
         assert device.edgectl("gc").returncode == 0
         assert device.edgectl("uninstall").returncode == 0
         assert not device.root.exists()
-    finally:
-        device.edgectl("uninstall")
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 def test_a_port_that_is_taken_is_said_before_anything_is_changed(device: Device) -> None:
@@ -487,6 +535,23 @@ def test_a_bundle_for_another_machine_is_refused_and_removed(device: Device, tmp
     assert len(releases.Home(device.root).names()) == 1
 
 
+def test_a_bundle_that_asks_too_much_of_the_processor_is_refused_before_anything_stops(
+    device: Device, tmp_path: Path
+) -> None:
+    device.install("1")
+    server = device.server()
+    copy = tmp_path / "other"
+    shutil.copytree(device.bundles["2"], copy)
+    lacking = bundles.ask_too_much(copy)
+    device.bundles = {**device.bundles, "other": copy}
+    result = device.edgectl("install", by="other")
+    assert result.returncode == 1
+    assert "cannot run here: instruction set: this processor lacks " in result.stderr
+    assert lacking in result.stderr
+    assert (device.serves(), device.server()) == ("1", server)
+    assert len(releases.Home(device.root).names()) == 1
+
+
 def test_an_archive_is_installed_by_the_edgectl_that_is_there(device: Device, tmp_path: Path) -> None:
     device.install("1")
     archive = tmp_path / "2.tar"
@@ -548,7 +613,9 @@ def test_a_service_whose_process_is_not_to_be_seen_is_not_left_behind(device: De
 def test_uninstall_leaves_what_is_not_ours(device: Device) -> None:
     device.install("1")
     (device.root / "notes.txt").write_text("mine")
-    assert device.edgectl("uninstall").returncode == 0
+    release = device.release("1").name
+    result = device.edgectl("uninstall", "--json")
+    assert (result.returncode, json.loads(result.stdout)) == (0, {"schema_version": 1, "removed": [release]})
     assert [path.name for path in device.root.iterdir()] == ["notes.txt"]
     assert device.serves() is None
     again = device.edgectl("uninstall")

@@ -11,6 +11,7 @@ from elftools.elf.elffile import ELFFile
 from toolchain.bundle import fatbin
 from toolchain.gguf import cuda_toolkit, llama_cpp
 from toolchain.reporter import Silent
+from toolchain.target import read_target
 
 pytestmark = pytest.mark.device
 KERNELS = ("scale", "norm", "rope")
@@ -50,6 +51,18 @@ def test_a_kernel_is_compiled_for_the_orin(source: Path, tmp_path: Path, kernel:
     assert fatbin.code_in(out) == {"sm_87"}
     with out.open("rb") as file:
         assert ELFFile(file)["e_machine"] == "EM_AARCH64"
+
+
+@needs_compiler
+def test_what_is_set_for_other_builds_does_not_get_into_one_for_the_orin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"CUDAHOSTCXX": "g++", "NVCC_CCBIN": "g++", "NVCC_APPEND_FLAGS": "-arch=sm_75"}.items():
+        monkeypatch.setenv(name, value)
+    options = read_target("jetson-orin-jp7").runtime.cmake
+    kernel = "ggml/src/ggml-cuda/CMakeFiles/ggml-cuda.dir/scale.cu.o"
+    _, objects = llama_cpp.compiled(options, tmp_path, wanted=[kernel], log=tmp_path / "log", report=Silent())
+    assert fatbin.code_in(objects / kernel) == {"sm_87"}
 
 
 @needs_compiler

@@ -58,6 +58,10 @@ def test_another_folder_day_umask_and_locale_give_the_same_bytes(target: str, li
     git.write_text("#!/bin/sh\nexit 128\n")
     git.chmod(0o755)
     surroundings = {"LC_ALL": "C", "TZ": "Pacific/Kiritimati", "PATH": f"{git.parent}:{os.environ['PATH']}"}
+    # What a developer may have set for something else.
+    (tmp_path / "stdio.h").write_text("#error not meant for this build\n")
+    surroundings |= {"CPATH": str(tmp_path), "CFLAGS": "-march=native", "CXXFLAGS": "-O0"}
+    surroundings["CMAKE_TOOLCHAIN_FILE"] = str(tmp_path / "none.cmake")
     second = compiled(target, tmp_path / "another" / "deeper", *wanted, umask="077", **surroundings)
     assert first.keys() == second.keys() >= set(wanted)
     assert [name for name, digest in first.items() if digest != second[name]] == []

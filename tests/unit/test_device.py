@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import toolchain.device
-from toolchain.device import bench, cores, files, measure, meter, probe, serve
+from toolchain.device import bench, cli, cores, files, measure, meter, probe, serve
 from toolchain.device.client import Streamed
 from toolchain.device.errors import DeviceError, UsageError
 from toolchain.recipe import Bench
@@ -46,6 +46,14 @@ def test_it_runs_without_site_packages_under_another_name(tmp_path: Path) -> Non
     result = subprocess.run(argv, env={}, capture_output=True, text=True, check=True)
     assert all(verb in result.stdout for verb in ("serve", "smoke", "bench", "verify", "doctor", "info"))
     assert not list(tmp_path.rglob("__pycache__"))
+
+
+_ARGUMENTS = {"gate": ["record.json"], "unpack": ["my.tar", "folder"]}
+
+
+@pytest.mark.parametrize("verb", sorted(set(cli._VERBS) - {"supervise"}))
+def test_every_verb_for_people_has_json(verb: str) -> None:
+    assert cli._parser(verb).parse_args([verb, *_ARGUMENTS.get(verb, []), "--json"]).json is True
 
 
 def test_percentiles_interpolate_between_ranks() -> None:

@@ -50,7 +50,14 @@ def by_argparse(arguments: list[str]) -> dict[str, object] | None:
     except SystemExit:
         return None
     key = found.api_key_file
-    return {"host": found.host, "port": found.port, "api_key_file": key, "home": found.home, "no_tuned": found.no_tuned}
+    return {
+        "host": found.host,
+        "port": found.port,
+        "api_key_file": key,
+        "home": found.home,
+        "no_tuned": found.no_tuned,
+        "json": found.json,
+    }
 
 
 def by_hand(arguments: list[str]) -> dict[str, object] | None:
@@ -64,6 +71,7 @@ def by_hand(arguments: list[str]) -> dict[str, object] | None:
         "api_key_file": None if key is None else Path(key),
         "home": Path(launch.default_home() if found.home is None else found.home),
         "no_tuned": found.no_tuned,
+        "json": found.json,
     }
 
 
@@ -73,6 +81,7 @@ def by_hand(arguments: list[str]) -> dict[str, object] | None:
         [],
         ["--port", "80"],
         ["--port=80", "--host=::1", "--no-tuned"],
+        ["--json", "--port", "80"],
         ["--host", "0.0.0.0", "--api-key-file", "a key", "--home", "/a b", "--port", "1", "--port", "2"],
         ["--host", "", "--home="],
     ],
@@ -89,6 +98,7 @@ _WORDS = [
     "--api-key-file",
     "--home",
     "--no-tuned",
+    "--json",
     "--help",
     "-h",
     "--",

@@ -27,6 +27,7 @@ def manifest(**changed: Any) -> dict[str, Any]:
             "glibc_needed": "2.30",
             "segment_alignment": 4096,
             "device_libraries": [],
+            "flags": [],
         },
         "files": {"model/tiny.gguf": _FILE, "edgectl": {**_FILE, "mode": "0755"}},
         **changed,

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import toolchain.device
-from toolchain.device import cgroup, cores, doctor, files, probe
+from toolchain.device import cgroup, cores, doctor, files, probe, processor, verify
 from toolchain.device.doctor import Finding
 from toolchain.device.facts import FactError
 from toolchain.device.system import System
@@ -242,6 +242,11 @@ def looked(bundle: files.Bundle, machine: Machine) -> dict[str, Finding]:
     return {finding.name: finding for finding in doctor.examine(bundle, machine)}
 
 
+def checked(bundle: files.Bundle, machine: Machine) -> dict[str, tuple[bool, str]]:
+    """What verify, and with it install, makes of the machine."""
+    return {item["name"]: (item["ok"], item["detail"]) for item in verify.host_checks(bundle, machine)}
+
+
 def level_and_detail(finding: Finding) -> tuple[str, str]:
     return finding.level, finding.detail
 
@@ -332,6 +337,22 @@ def test_a_pi_4_lacks_what_a_pi_5_has(make: Make, pi5: Machine) -> None:
     assert finding.detail.startswith("this processor lacks atomics, asimdrdm, asimddp, fphp, asimdhp;")
 
 
+def test_verify_refuses_the_processor_that_doctor_refuses_and_none_that_is_unknown(make: Make, pi5: Machine) -> None:
+    bundle = make("rpi5")
+    assert checked(bundle, pi5)["instruction set"] == (
+        True,
+        "asimd, atomics, asimdrdm, crc32, asimddp, fphp, asimdhp",
+    )
+    pi5.plant({"/proc/cpuinfo": arm_cpuinfo(_A72)})
+    right, detail = checked(bundle, pi5)["instruction set"]
+    assert not right
+    assert detail == looked(bundle, pi5)["instruction set"].detail
+    (pi5.root / "proc/cpuinfo").unlink()
+    right, detail = checked(bundle, pi5)["instruction set"]
+    assert right
+    assert detail.startswith("not known: /proc/cpuinfo has no Features")
+
+
 def test_what_one_core_lacks_the_processor_lacks(make: Make, pi5: Machine) -> None:
     pi5.plant({"/proc/cpuinfo": arm_cpuinfo(_A76, _A76.replace(" asimddp", ""))})
     finding = looked(make("rpi5"), pi5)["instruction set"]
@@ -348,8 +369,8 @@ def test_what_one_core_lacks_the_processor_lacks(make: Make, pi5: Machine) -> No
     ],
 )
 def test_needs_on_arm_follow_from_the_flags(flags: dict[str, str | bool], needed: list[str]) -> None:
-    options = doctor._options(list(flags_of({"GGML_NATIVE": False, **flags})))
-    assert doctor._needed_by_arm(options) == needed
+    options = processor._options(list(flags_of({"GGML_NATIVE": False, **flags})))
+    assert processor._needed_by_arm(options) == needed
 
 
 @pytest.mark.parametrize(
@@ -363,8 +384,8 @@ def test_needs_on_arm_follow_from_the_flags(flags: dict[str, str | bool], needed
     ],
 )
 def test_needs_on_x86_follow_from_the_flags(flags: dict[str, str | bool], needed: list[str]) -> None:
-    options = doctor._options(list(flags_of({"GGML_NATIVE": False, **flags})))
-    assert doctor._needed_by_x86(options) == needed
+    options = processor._options(list(flags_of({"GGML_NATIVE": False, **flags})))
+    assert processor._needed_by_x86(options) == needed
 
 
 @pytest.mark.parametrize(
@@ -380,14 +401,14 @@ def test_needs_that_cannot_be_known_are_not_guessed(make: Make, pi5: Machine, fl
     finding = looked(make("rpi5", flags=["-DGGML_NATIVE=OFF", flag]), pi5)["instruction set"]
     assert finding.level == "unknown"
     with pytest.raises(FactError, match=reason):
-        doctor._needed_by_arm(doctor._options(["-DGGML_NATIVE=OFF", flag]))
+        processor._needed_by_arm(processor._options(["-DGGML_NATIVE=OFF", flag]))
 
 
 @pytest.mark.parametrize("name", sorted(targets()))
 def test_the_needs_of_every_target_are_known(name: str) -> None:
     profile = read_target(name)
-    options = doctor._options(list(flags_of(profile.runtime.cmake)))
-    assert (doctor._needed_by_arm if profile.arch == "aarch64" else doctor._needed_by_x86)(options)
+    options = processor._options(list(flags_of(profile.runtime.cmake)))
+    assert (processor._needed_by_arm if profile.arch == "aarch64" else processor._needed_by_x86)(options)
 
 
 # Memory, swap, disk, clock
@@ -427,6 +448,23 @@ def test_groups_of_version_1_count(old_x86: Machine) -> None:
     )
     assert cgroup.memory(old_x86) == cgroup.Memory(2048 * _MIB, 1248 * _MIB)
     assert cores.cpu_quota(old_x86) == 2.5
+
+
+def test_verify_reads_the_limits_that_doctor_reads(make: Make, pi5: Machine, old_x86: Machine) -> None:
+    above = "/sys/fs/cgroup/system.slice"
+    pi5.plant({f"{above}/memory.max": f"{900 * _MIB}", f"{above}/memory.current": "0"})
+    bundle = make("rpi5")
+    assert checked(bundle, pi5)["memory"] == (
+        False,
+        "900 MiB here, 1024 MiB are needed for the model, its context and the server",
+    )
+    old_x86.plant({"/sys/fs/cgroup/memory/user.slice/memory.limit_in_bytes": f"{800 * _MIB}"})
+    assert checked(bundle, old_x86)["memory"][1].startswith("800 MiB here")
+    old_x86.plant({"/sys/fs/cgroup/memory/user.slice/memory.limit_in_bytes": "garbage"})
+    assert checked(bundle, old_x86)["memory"] == (
+        True,
+        "8051 MiB here, 1024 MiB are needed for the model, its context and the server",
+    )
 
 
 @pytest.mark.parametrize("listed", ["0::/../other\n", "0::/not/mounted/here\n", "garbage\n", ""])
@@ -537,9 +575,18 @@ def test_a_bundle_for_the_processor_is_not_asked_for_cuda(make: Make, jetpack6: 
     assert found.keys() == HOST_CHECKS | LOOKS | {"L4T", "power mode"}
 
 
-def test_a_promised_gpu_that_is_not_found_fails(make: Make, jetpack6: Machine) -> None:
+@pytest.mark.parametrize(
+    "says",
+    [
+        "echo 'Available devices:'",
+        "echo 'CUDA error: out of memory'; exit 1",
+        "echo 'CUDA error: out of memory'",
+        "echo '  CUDA0: Orin (7607 MiB, 6000 MiB free)'; kill -ABRT $$",
+    ],
+)
+def test_a_promised_gpu_that_is_not_found_fails(make: Make, jetpack6: Machine, says: str) -> None:
     bundle = make("jetson-orin")
-    (bundle.programs / "llama-server").write_text("#!/bin/sh\necho 'Available devices:'\n")
+    (bundle.programs / "llama-server").write_text(f"#!/bin/sh\n{says}\n")
     finding = looked(bundle, jetpack6)["backend"]
     assert finding.level == "fail"
     assert finding.detail.startswith("llama-server finds no CUDA device")

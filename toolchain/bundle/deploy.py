@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 from toolchain import process
 from toolchain.bundle import seal
-from toolchain.device import files, launch, releases
+from toolchain.device import files, launch, processor, releases
 from toolchain.device.errors import RolledBackError
+from toolchain.device.facts import FactError, Files
 from toolchain.errors import ExternalToolError, HostError, RecipeError
 
 Outcome = Literal["installed", "was there", "rolled back", "refused", "failed", "unreachable", "interrupted"]
@@ -57,10 +58,15 @@ try:
         good = json.load(file).get("good")
 except (OSError, ValueError):
     good = None
+try:
+    with open("/proc/cpuinfo", errors="replace") as file:
+        cores = sorted({{line for line in file if line.startswith(("Features", "flags"))}})
+except OSError:
+    cores = []
 there = [os.path.join(home, "releases", release), os.path.join(home, "current")]
 print(json.dumps({{
     "python": list(sys.version_info[:2]), "arch": platform.machine(), "rsync": shutil.which("rsync"), "login": login,
-    "home": home, "good": good, "staging": os.path.join(login, staging),
+    "home": home, "good": good, "staging": os.path.join(login, staging), "cores": cores,
     "copies": sorted({{os.path.realpath(path) for path in there if os.path.isdir(path)}}),
 }}))
 """
@@ -224,6 +230,16 @@ class _ExitError(Exception):
         return self.lines[-1] if self.lines else f"exit code {self.code}, and no word"
 
 
+class _Cores(Files):
+    """The lines of a device's /proc/cpuinfo that say what its cores have."""
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        self._lines = lines
+
+    def read(self, path: str) -> str:
+        return "".join(self._lines)
+
+
 @dataclass
 class _Deployment:
     """One device's way."""
@@ -280,6 +296,12 @@ class _Deployment:
         if found["arch"] != arch:
             reason = f"it is {found['arch']}, the bundle is for {arch}"
             raise _FailedError("refused", reason, "build the bundle for it (docs/targets.md)")
+        with contextlib.suppress(FactError):  # not known: the edgectl there is asked before anything changes
+            needed, lacking = processor.needed_and_missing(self.bundle.manifest, _Cores(found["cores"]))
+            if lacking:
+                raise _FailedError(
+                    "refused", processor.lacks(needed, lacking), "build the bundle for it (docs/targets.md)"
+                )
         if found["rsync"] is None:
             raise _FailedError("refused", "no rsync there", "apt-get install rsync, there")
 
@@ -389,12 +411,17 @@ class _Deployment:
                 self.result.tokens_per_s = float(self._read(record)["metrics"]["served_decode_tps"]["p50"])
 
     def _edgectl(self, folder: str, verb: str, *arguments: str, stdout: Path) -> None:
-        """Run a bundle's edgectl there; its record goes to `stdout`, which is not there when it failed."""
+        """Run a bundle's edgectl there; its record goes to `stdout`, which is not there when it failed.
+
+        Of a release that was rolled back it is: an edgectl older than that writes none.
+        """
         argv = [*self._sudo(), "python3", "-I", "-S", f"{folder}/edgectl", verb, "--json", *arguments]
         try:
             self._ssh(argv, stdout=stdout, on_line=self._say)
-        except BaseException:
-            stdout.unlink(missing_ok=True)
+        except BaseException as error:
+            rolled_back = isinstance(error, _ExitError) and error.code == RolledBackError.exit_code
+            if not (rolled_back and stdout.stat().st_size):
+                stdout.unlink(missing_ok=True)
             raise
 
     def _read(self, record: Path) -> dict[str, Any]:

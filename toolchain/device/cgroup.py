@@ -1,6 +1,7 @@
 """What memory the control groups of this process grant, in version 1 or 2: its own one and each one above it counts."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .cores import CGROUPS, groups
@@ -21,24 +22,35 @@ class Memory:
 
 def memory(files: Files) -> Memory | None:
     """None when no group has a limit. Raises FactError."""
-    version_1, folders = groups(files, "memory")
-    names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if version_1 else ("memory.max", "memory.current")
     found = []
-    for folder in folders:
-        text = files.read(f"{folder}/{names[0]}")
-        if text is None or text == "max":
-            continue
-        limit = parse_int(text, f"{folder}/{names[0]}")
-        if limit >= _UNLIMITED_BYTES:
-            continue
-        used = files.number(f"{folder}/{names[1]}")
+    for version_1, folder, limit in _limits(files):
+        name = "memory.usage_in_bytes" if version_1 else "memory.current"
+        used = files.number(f"{folder}/{name}")
         if used is None:
-            raise FactError(f"{folder} has a limit of {limit >> 20} MiB, and no {names[1]}")
+            raise FactError(f"{folder} has a limit of {limit >> 20} MiB, and no {name}")
         statistics = files.read(f"{folder}/memory.stat") or ""
         key = "total_inactive_file" if version_1 else "inactive_file"
         match = re.search(rf"^{key} (\d+)$", statistics, re.MULTILINE)
         found.append(Memory(limit, limit - used + (int(match[1]) if match else 0)))
     return min(found, key=lambda group: group.room_bytes, default=None)
+
+
+def memory_limit_bytes(files: Files) -> int | None:
+    """The least limit, whatever is used; None when no group has one. Raises FactError."""
+    return min((limit for _, _, limit in _limits(files)), default=None)
+
+
+def _limits(files: Files) -> Iterator[tuple[bool, str, int]]:
+    """Whether it is version 1, folder and limit of each group that has one. Raises FactError."""
+    version_1, folders = groups(files, "memory")
+    name = "memory.limit_in_bytes" if version_1 else "memory.max"
+    for folder in folders:
+        text = files.read(f"{folder}/{name}")
+        if text is None or text == "max":
+            continue
+        limit = parse_int(text, f"{folder}/{name}")
+        if limit < _UNLIMITED_BYTES:
+            yield version_1, folder, limit
 
 
 def memory_enabled(files: Files) -> bool:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import files, launch
-from .errors import DeviceError, UsageError
+from .errors import DeviceError, RolledBackError, UsageError
 from .main import say as _say
+from .main import tell as _tell
 
 if TYPE_CHECKING:
     from .service import Service
@@ -46,6 +47,7 @@ def _add_serve(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--api-key-file", type=Path, metavar="F", help="file with the keys that are let in, one a line")
     _tuned_home_option(verb)
     verb.add_argument("--no-tuned", action="store_true", help="the presets' settings, whatever tune has found")
+    verb.add_argument("--json", action="store_true", help="print a line of JSON when it is ready and when it has ended")
     verb.set_defaults(call=_serve)
 
 
@@ -117,6 +119,7 @@ def _add_unpack(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("into", type=Path, metavar="FOLDER", help="where the bundle's folder is to be made")
     verb.set_defaults(call=_unpack, takes_folder=True)
     _signer_options(verb)
+    _json_option(verb)
 
 
 def _add_install(verb: argparse.ArgumentParser) -> None:
@@ -148,11 +151,6 @@ def _add_on_releases(call: Callable[[Path, argparse.Namespace], int]) -> Callabl
         _json_option(verb)
 
     return add
-
-
-def _add_uninstall(verb: argparse.ArgumentParser) -> None:
-    _home_options(verb)
-    verb.set_defaults(call=_uninstall, takes_folder=True)
 
 
 def _add_supervise(verb: argparse.ArgumentParser) -> None:
@@ -205,7 +203,15 @@ def _serve(bundle: files.Bundle, options: argparse.Namespace) -> int:
     from . import serve, tuned
 
     found = None if options.no_tuned else tuned.find(options.home, bundle, _say)
-    serve.run(bundle, host=options.host, port=options.port, key_file=options.api_key_file, tuned=found, say=_say)
+    serve.run(
+        bundle,
+        host=options.host,
+        port=options.port,
+        key_file=options.api_key_file,
+        tuned=found,
+        say=_say,
+        tell=_tell if options.json else serve.nobody,
+    )
     return 0
 
 
@@ -226,7 +232,11 @@ def _unpack(root: Path, options: argparse.Namespace) -> int:
     from . import signature, unpack
 
     required = signature.policy(options.allowed_signers, options.signer)
-    print(unpack.run(options.archive, options.into, required=required, say=_say))
+    folder = unpack.run(options.archive, options.into, required=required, say=_say)
+    if options.json:
+        _print_json({"schema_version": 1, "bundle": files.open_bundle(folder).id, "folder": str(folder)})
+    else:
+        print(folder)
     return 0
 
 
@@ -247,23 +257,26 @@ def _install(root: Path, options: argparse.Namespace) -> int:
     service, home = _service(options), options.home.absolute()
     if any(home.resolve().is_relative_to(bundle.resolve()) for bundle in (root, source)):
         raise UsageError(f"--home {home}: is inside the bundle, whose files are sealed", hint="choose another folder")
-    record = install.install(
-        source,
-        service,
-        required=signature.policy(options.allowed_signers, options.signer),
-        changes=changes,
-        say=_say,
+    required = signature.policy(options.allowed_signers, options.signer)
+    return _show_release(
+        lambda: install.install(source, service, required=required, changes=changes, say=_say), options.json
     )
-    return _show_release(record, options.json)
 
 
 def _rollback(root: Path, options: argparse.Namespace) -> int:
     from . import install
 
-    return _show_release(install.rollback(_service(options), say=_say), options.json)
+    return _show_release(lambda: install.rollback(_service(options), say=_say), options.json)
 
 
-def _show_release(record: dict[str, Any], as_json: bool) -> int:
+def _show_release(activate: Callable[[], dict[str, Any]], as_json: bool) -> int:
+    """Of a release that was not good there is a record too."""
+    try:
+        record = activate()
+    except RolledBackError as error:
+        if as_json:
+            _print_json(error.record)
+        raise
     if as_json:
         _print_json(record)
     else:
@@ -292,17 +305,20 @@ def _gc(root: Path, options: argparse.Namespace) -> int:
     from . import install, releases
 
     removed = install.gc(releases.Home(options.home.absolute()), say=_say)
-    if options.json:
-        _print_json({"schema_version": 1, "removed": removed})
-    else:
-        print("\n".join(removed) if removed else "nothing to remove")
-    return 0
+    return _show_removed(removed, options.json)
 
 
 def _uninstall(root: Path, options: argparse.Namespace) -> int:
     from . import install
 
-    install.uninstall(_service(options), say=_say)
+    return _show_removed(install.uninstall(_service(options), say=_say), options.json)
+
+
+def _show_removed(removed: list[str], as_json: bool) -> int:
+    if as_json:
+        _print_json({"schema_version": 1, "removed": removed})
+    else:
+        print("\n".join(removed) if removed else "nothing to remove")
     return 0
 
 
@@ -454,7 +470,7 @@ _VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "rollback": ("serve the release that was good before this one", _add_on_releases(_rollback)),
     "status": ("say what is installed and what is served", _add_on_releases(_status)),
     "gc": ("remove releases that are neither served nor needed for a rollback", _add_on_releases(_gc)),
-    "uninstall": ("stop the service and remove every release", _add_uninstall),
+    "uninstall": ("stop the service and remove every release", _add_on_releases(_uninstall)),
     "supervise": ("what the service runs: serve the release that is to be served", _add_supervise),
     "info": ("say what the bundle is and what this machine is", _add_info),
 }

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from . import cgroup, cores, meter, probe, serve, verify
+from . import cgroup, cores, meter, probe, processor, serve, verify
 from .errors import DeviceError
 from .facts import FactError
 from .files import Bundle
@@ -26,48 +26,6 @@ _SWAP_BYTES = 64 << 20
 _FIRST_YEAR = 2024
 """No bundle is older: a clock before it was never set."""
 _BAD_L4T = {"36.4.7": "large allocations on the GPU fail (llama.cpp#23732)"}
-
-_ARM_STEPS: dict[str, tuple[str, ...]] = {
-    "armv8-a": ("asimd",),
-    "armv8.1-a": ("atomics", "asimdrdm", "crc32"),
-    "armv8.2-a": (),
-    "armv8.3-a": ("jscvt", "fcma", "lrcpc"),
-    "armv8.4-a": ("asimddp", "flagm", "ilrcpc"),
-    "armv8.5-a": ("flagm2", "frint", "sb"),
-    "armv8.6-a": ("i8mm", "bf16"),
-}
-"""Compiler's name of an architecture → what it adds to the one before, as Linux calls it in /proc/cpuinfo."""
-_ARM_EXTENSIONS: dict[str, tuple[str, ...]] = {
-    "fp": ("fp",),
-    "simd": ("asimd",),
-    "crc": ("crc32",),
-    "crypto": ("aes", "sha1", "sha2"),
-    "lse": ("atomics",),
-    "rdma": ("asimdrdm",),
-    "dotprod": ("asimddp",),
-    "fp16": ("fphp", "asimdhp"),
-    "i8mm": ("i8mm",),
-    "bf16": ("bf16",),
-    "sve": ("sve",),
-    "sve2": ("sve2",),
-    "sme": ("sme",),
-}
-_X86_OPTIONS: dict[str, tuple[str, ...]] = {
-    "GGML_SSE42": ("sse4_2",),
-    "GGML_AVX": ("avx",),
-    "GGML_AVX2": ("avx2",),
-    "GGML_BMI2": ("bmi2",),
-    "GGML_FMA": ("fma",),
-    "GGML_F16C": ("f16c",),
-}
-"""On by ggml's default in a build that is neither native, nor cross-compiled, nor of all variants."""
-_X86_EXTRA_OPTIONS: dict[str, tuple[str, ...]] = {
-    "GGML_AVX_VNNI": ("avx_vnni",),
-    "GGML_AVX512": ("avx512f", "avx512cd", "avx512vl", "avx512dq", "avx512bw"),
-    "GGML_AVX512_VBMI": ("avx512_vbmi",),
-    "GGML_AVX512_VNNI": ("avx512_vnni",),
-    "GGML_AVX512_BF16": ("avx512_bf16",),
-}
 
 
 @dataclass(frozen=True)
@@ -87,16 +45,16 @@ class Finding:
 
 def examine(bundle: Bundle, system: System = HERE) -> list[Finding]:
     """Look at everything; the bundle's own program is started last, if it is to say which GPU it finds."""
-    findings = [
-        Finding(item["name"], "ok" if item["ok"] else "fail", item["detail"]) for item in verify.host_checks(bundle)
-    ]
+    checks = verify.host_checks(bundle, system)
+    found = {item["name"]: Finding(item["name"], "ok" if item["ok"] else "fail", item["detail"]) for item in checks}
     looks = dict(_LOOKS)
     if probe.is_jetson(system):
         looks |= _JETSON_LOOKS
         if bundle.manifest["runtime"]["backend"] == "CUDA":
             looks["CUDA"] = _cuda
     looks["backend"] = _backend
-    return findings + [_finding(name, look, bundle, system) for name, look in looks.items()]
+    # Of what verify takes for right where it is not known, this says so.
+    return list((found | {name: _finding(name, look, bundle, system) for name, look in looks.items()}).values())
 
 
 def _finding(name: str, look: Look, bundle: Bundle, system: System) -> Finding:
@@ -136,77 +94,11 @@ def table(findings: list[Finding]) -> str:
 
 
 def _instruction_set(bundle: Bundle, system: System) -> Verdict:
-    arch, flags = str(bundle.manifest["target"]["arch"]), _options(bundle.manifest["runtime"]["flags"])
-    needed = _needed_by_arm(flags) if arch == "aarch64" else _needed_by_x86(flags)
-    offered = _offered(arch, system)
-    missing = [name for name in needed if name not in offered]
+    needed, missing = processor.needed_and_missing(bundle.manifest, system)
     if missing:
-        detail = f"this processor lacks {', '.join(missing)}; the programs need {', '.join(needed)}"
-        return "fail", detail, "build the bundle for this processor: a target with its own flags (docs/targets.md)"
+        remedy = "build the bundle for this processor: a target with its own flags (docs/targets.md)"
+        return "fail", processor.lacks(needed, missing), remedy
     return "ok", f"{', '.join(needed)}: all that the programs need", None
-
-
-def _options(flags: list[str]) -> dict[str, str]:
-    """CMake's -DNAME=VALUE or -DNAME:TYPE=VALUE as a table."""
-    pairs = (flag.removeprefix("-D").partition("=") for flag in flags if flag.startswith("-D"))
-    return {name.partition(":")[0]: value for name, _, value in pairs}
-
-
-def _is_on(value: str) -> bool:
-    return value.upper() in ("ON", "TRUE", "YES", "Y", "1")
-
-
-def _refuse_unknown_needs(flags: dict[str, str]) -> None:
-    """Raises FactError when the options leave open what the programs ask of the processor."""
-    # ggml's own default: native, but in a cross build.
-    if _is_on(flags.get("GGML_NATIVE", "OFF" if "CMAKE_SYSTEM_NAME" in flags else "ON")):
-        raise FactError("the programs were built for whatever their build host had (GGML_NATIVE)")
-    for name, value in flags.items():
-        if re.fullmatch(r"CMAKE_C(XX)?_FLAGS(_\w+)?", name) and re.search(r"-m(arch|cpu)=", value):
-            raise FactError(f"{name}={value} chooses a processor, whose needs are not known here")
-
-
-def _needed_by_arm(flags: dict[str, str]) -> list[str]:
-    """Of every core, as Linux calls it. Raises FactError."""
-    _refuse_unknown_needs(flags)
-    if _is_on(flags.get("GGML_CPU_ALL_VARIANTS", "")):
-        return ["asimd"]  # and of the rest whatever there is
-    base, *extensions = (flags.get("GGML_CPU_ARM_ARCH") or "armv8-a").split("+")
-    if base not in _ARM_STEPS:
-        raise FactError(f"what {base} asks of a processor is not known here")
-    steps = list(_ARM_STEPS)[: list(_ARM_STEPS).index(base) + 1]
-    needed = [name for step in steps for name in _ARM_STEPS[step]]
-    for extension in extensions:
-        if extension.startswith("no"):
-            needed = [name for name in needed if name not in _ARM_EXTENSIONS.get(extension[2:], ())]
-        elif extension not in _ARM_EXTENSIONS:
-            raise FactError(f"what +{extension} asks of a processor is not known here")
-        else:
-            needed += _ARM_EXTENSIONS[extension]
-    return list(dict.fromkeys(needed))
-
-
-def _needed_by_x86(flags: dict[str, str]) -> list[str]:
-    """Raises FactError."""
-    _refuse_unknown_needs(flags)
-    needed = ["sse4_2"]
-    if _is_on(flags.get("GGML_CPU_ALL_VARIANTS", "")):
-        return needed  # and of the rest whatever there is
-    default = "OFF" if "CMAKE_SYSTEM_NAME" in flags else "ON"
-    for option, names in _X86_OPTIONS.items():
-        needed += names if _is_on(flags.get(option, default)) else ()
-    for option, names in _X86_EXTRA_OPTIONS.items():
-        needed += names if _is_on(flags.get(option, "OFF")) else ()
-    return list(dict.fromkeys(needed))
-
-
-def _offered(arch: str, system: System) -> set[str]:
-    """What every core has. Raises FactError."""
-    key = "Features" if arch == "aarch64" else "flags"
-    found = re.findall(rf"^{key}\s*:(.*)$", system.read("/proc/cpuinfo") or "", re.MULTILINE)
-    if not found:
-        raise FactError(f"/proc/cpuinfo has no {key}: not a processor of the kind {arch}, or the file is closed to us")
-    return set.intersection(*(set(line.split()) for line in found))
 
 
 def _cpu_quota(bundle: Bundle, system: System) -> Verdict:

@@ -23,6 +23,11 @@ class RolledBackError(DeviceError):
 
     exit_code = 3
 
+    def __init__(self, message: str, *, hint: str, record: dict[str, object]) -> None:
+        super().__init__(message, hint=hint)
+        self.record = record
+        """As of a release that was good, with what was wrong."""
+
 
 class BusyError(DeviceError):
     """Another process is at it, or has the port."""

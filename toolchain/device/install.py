@@ -1,8 +1,8 @@
 """Put a bundle in service: staged, flushed, swapped in, tried, and kept when good; else the one before serves on."""
 
 import contextlib
+import errno
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -81,23 +81,22 @@ def gc(home: Home, *, say: Say) -> list[str]:
         return doomed
 
 
-def uninstall(service: Service, *, say: Say) -> None:
-    """Stop the service and remove the releases and what is kept of them. What is not ours stays."""
+def uninstall(service: Service, *, say: Say) -> list[str]:
+    """Stop the service and remove the releases and what is kept of them: which ones. What is not ours stays."""
     home = service.home
-    if not (home.releases.is_dir() or service.unit.is_file() or (home.root / tuned.FOLDER).is_dir()):
+    # Whoever was killed on the way leaves the lock's file to the end.
+    ours = (home.releases, service.unit, home.root / tuned.FOLDER, home.root / "lock")
+    if not any(path.exists() for path in ours):
         raise _nothing_there(home)
     with home.locked("uninstall"), _disk_errors(home):
+        releases = home.names()
         say("stopping the service")
         service.stop(remove=True)
-        for link in ("current", "service"):
-            (home.root / link).unlink(missing_ok=True)
-        for folder in ("releases", "settings", "records", tuned.FOLDER):
-            shutil.rmtree(home.root / folder, ignore_errors=True)
-        for name in ("state.json", "status.json", "service.log"):
-            (home.root / name).unlink(missing_ok=True)
+        home.remove_all()
     (home.root / "lock").unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # something of the user's own is in it
         home.root.rmdir()
+    return releases
 
 
 def status(service: Service) -> dict[str, Any]:
@@ -274,7 +273,36 @@ def _activate(service: Service, release: str, settings: Settings, say: Say) -> d
     home.write_state(State(good=release, previous=before.previous if again else before.good, failed=before.failed))
     home.point("service", release)
     say(f"{release} is good")
-    return {"schema_version": 1, "release": release, "previous": home.state().previous, "smoke": report}
+    return _record(release, serves=release, previous=home.state().previous, smoke=report)
+
+
+def _record(
+    release: str,
+    *,
+    serves: str | None,
+    previous: str | None,
+    reason: str | None = None,
+    smoke: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What became of a release: `reason` why it was not kept, `smoke` what its trial found, as far as it came."""
+    return {
+        "schema_version": 1,
+        "release": release,
+        "good": reason is None,
+        "reason": reason,
+        "serves": serves,
+        "previous": previous,
+        "smoke": smoke,
+    }
+
+
+class _TrialError(DeviceError):
+    """The release answers, and fails checks."""
+
+    def __init__(self, report: dict[str, Any]) -> None:
+        failed = [f"{item['name']}: {item['detail']}" for item in report["checks"] if not item["ok"]]
+        super().__init__(f"{len(failed)} of {len(report['checks'])} checks failed: {'; '.join(failed)}")
+        self.report = report
 
 
 def _try(service: Service, release: str, settings: Settings, say: Say, *, anew: bool) -> dict[str, Any]:
@@ -286,10 +314,9 @@ def _try(service: Service, release: str, settings: Settings, say: Say, *, anew: 
     _wait_served(service, release, settings, serve.ready_timeout_s(bundle) + _MARGIN_S)
     say("it answers; trying it")
     report = smoke.live(bundle, _client(settings), say)
-    place.replace_json(home.records / f"{release}.smoke.json", report)
-    failed = [f"{item['name']}: {item['detail']}" for item in report["checks"] if not item["ok"]]
-    if failed:
-        raise DeviceError(f"{len(failed)} of {len(report['checks'])} checks failed: {'; '.join(failed)}")
+    place.replace_json(home.smoke_record(release), report)
+    if not report["ok"]:
+        raise _TrialError(report)
     return report
 
 
@@ -342,6 +369,8 @@ def _fall_back(service: Service, before: State, release: str, error: BaseExcepti
     """What served before serves again. Raises RolledBackError for a release that was not good."""
     home = service.home
     reason = error.message if isinstance(error, DeviceError) else "it was interrupted"
+    if isinstance(error, OSError):
+        reason = f"{error.filename or home.root}: {error.strerror}"
     say(f"{release} is not kept: {reason}")
     failed = {
         "release": release,
@@ -368,6 +397,13 @@ def _fall_back(service: Service, before: State, release: str, error: BaseExcepti
         raise RolledBackError(
             f"{release} was not good: {error.message}",
             hint=f"{back} serves again" if back else "no release is served; edgectl status",
+            record=_record(
+                release,
+                serves=back,
+                previous=before.previous,
+                reason=error.message,
+                smoke=error.report if isinstance(error, _TrialError) else None,
+            ),
         ) from None
 
 
@@ -386,6 +422,6 @@ def _disk_errors(home: Home) -> Iterator[None]:
         yield
     except OSError as error:
         name = error.filename if error.filename is not None else home.root
-        raise DeviceError(
-            f"{name}: {os.strerror(error.errno or 0)}", hint="nothing was changed that edgectl status does not show"
-        ) from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = "free some space, then try again" if full else "nothing was changed that edgectl status does not show"
+        raise DeviceError(f"{name}: {os.strerror(error.errno or 0)}", hint=hint) from error

@@ -43,9 +43,11 @@ class Options:
     api_key_file: str | None = None
     home: str | None = None
     no_tuned = False
+    json = False
 
 
 _TEXTS = {"--host": "host", "--api-key-file": "api_key_file", "--home": "home"}
+_FLAGS = {"--no-tuned": "no_tuned", "--json": "json"}
 
 
 def options(arguments: Sequence[str]) -> Options | None:
@@ -53,8 +55,8 @@ def options(arguments: Sequence[str]) -> Options | None:
     found, rest = Options(), list(arguments)
     while rest:
         name, given, value = rest.pop(0).partition("=")
-        if name == "--no-tuned" and not given:
-            found.no_tuned = True
+        if name in _FLAGS and not given:
+            setattr(found, _FLAGS[name], True)
             continue
         if not given:
             if not rest or rest[0].startswith("-"):

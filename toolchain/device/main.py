@@ -53,7 +53,7 @@ def _run(root: str, arguments: list[str]) -> int:
     launch.give_way(launched.child)
     from . import serve
 
-    serve.go_on(launched, say)
+    serve.go_on(launched, say, tell if launched.options.json else serve.nobody)
     return 0
 
 
@@ -79,6 +79,16 @@ def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
     except (OSError, ValueError):
         pass
+
+
+def tell(event: dict[str, object]) -> None:
+    """An event as a line of JSON; as with `say`, nobody may be listening any more."""
+    import json
+
+    try:
+        print(json.dumps(event), flush=True)
+    except (OSError, ValueError):
+        _drop_output()
 
 
 def _heed_signals() -> None:

@@ -31,6 +31,7 @@ _FACTS = {
         "glibc_needed": _TEXT,
         "segment_alignment": _NUMBER,
         "device_libraries": _LIST,
+        "flags": _LIST,
     },
     "model": {"file": _TEXT, "bytes": _NUMBER, "cache_bytes": _NUMBER, "context": _NUMBER, "parallel": _NUMBER},
 }

@@ -73,15 +73,20 @@ def write(path: Path, mode: int, blocks: Iterator[bytes]) -> None:
         os.fsync(handle)
 
 
+def draft(path: Path) -> Path:
+    """What `path` is called until it is whole."""
+    return path.with_name(f".{path.name}.new")
+
+
 def replace(path: Path, text: str, mode: int = 0o644) -> None:
     """A small file's new content, whole or not at all."""
-    draft = path.with_name(f".{path.name}.new")
-    draft.unlink(missing_ok=True)
+    new = draft(path)
+    new.unlink(missing_ok=True)
     try:
-        write(draft, mode, iter([text.encode()]))
-        draft.rename(path)
+        write(new, mode, iter([text.encode()]))
+        new.rename(path)
     finally:
-        draft.unlink(missing_ok=True)
+        new.unlink(missing_ok=True)
     sync(path.parent)
 
 
@@ -91,10 +96,10 @@ def replace_json(path: Path, content: object) -> None:
 
 def point(link: Path, target: str) -> None:
     """Make `link` lead to `target`, relative to it, in one step: whoever looks sees the old one or the new one."""
-    draft = link.with_name(f".{link.name}.new")
-    draft.unlink(missing_ok=True)
-    draft.symlink_to(target)
-    draft.rename(link)
+    new = draft(link)
+    new.unlink(missing_ok=True)
+    new.symlink_to(target)
+    new.rename(link)
     sync(link.parent)
 
 

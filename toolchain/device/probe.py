@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from . import cgroup
 from .cores import CPUS, cpu_quota, physical_cores, usable_cpus
 from .errors import DeviceError
 from .facts import FactError, parse_int
@@ -59,19 +60,32 @@ def cpu_model() -> str | None:
 
 
 def memory_bytes() -> int:
-    """Memory of the machine, or of the control group when that is less. Raises DeviceError where /proc is missing."""
-    total = _meminfo("MemTotal")
+    """Memory of the machine, or of the container. Raises DeviceError where /proc is missing.
+
+    The same for a service with a limit of its own and for whoever installed it: `tune` knows the machine by it.
+    """
+    total = _meminfo("MemTotal", HERE)
     limit = _text("/sys/fs/cgroup/memory.max")
     return min(total, int(limit)) if limit and limit.isdigit() else total
 
 
+def memory_granted_bytes(system: System = HERE) -> int:
+    """The most that this process can ever have: the machine's memory, or the least limit of its control groups.
+
+    Raises DeviceError where /proc is missing. Of groups that cannot be read doctor tells.
+    """
+    total = _meminfo("MemTotal", system)
+    limit = _or_none(cgroup.memory_limit_bytes, system)
+    return total if limit is None else min(total, limit)
+
+
 def memory_available_bytes() -> int:
     """What programs could still take without swapping, as the kernel reckons."""
-    return _meminfo("MemAvailable")
+    return _meminfo("MemAvailable", HERE)
 
 
-def _meminfo(key: str) -> int:
-    match = re.search(rf"^{key}:\s+(\d+) kB", _text("/proc/meminfo") or "", re.MULTILINE)
+def _meminfo(key: str, system: System) -> int:
+    match = re.search(rf"^{key}:\s+(\d+) kB", system.text("/proc/meminfo") or "", re.MULTILINE)
     if match is None:
         raise DeviceError(f"/proc/meminfo has no {key}", hint="mount -t proc proc /proc")
     return int(match[1]) * 1024

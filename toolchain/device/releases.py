@@ -89,6 +89,10 @@ class Home:
     def folder(self, release: str) -> Path:
         return self.releases / release
 
+    def smoke_record(self, release: str) -> Path:
+        """What its trial found."""
+        return self.records / f"{release}.smoke.json"
+
     def names(self) -> list[str]:
         """Releases that are there, whole: half ones have other names."""
         if not self.releases.is_dir():
@@ -254,6 +258,9 @@ class Home:
         """For the holder of the lock: undo what a killed one left. The release whose trial was broken off, if any."""
         for path in place.leftovers(self.releases):
             shutil.rmtree(path)
+        for folder in (self.root / "settings", self.records):
+            for path in folder.glob(place.draft(folder / "*").name):
+                path.unlink()
         retried = self.drop_trial_settings()
         state, current = self.state(), self.current()
         if current is None or current == state.good:
@@ -277,12 +284,22 @@ class Home:
         shutil.rmtree(doomed)
 
     def remove(self, release: str) -> None:
-        """A release and what is kept beside it."""
-        self.remove_files(release)
+        """A release, and what is kept beside it first: whoever is killed on the way leaves a release to remove."""
         for trial in (False, True):
             self._settings(release, trial=trial).unlink(missing_ok=True)
+        self.smoke_record(release).unlink(missing_ok=True)
         for path in (self.root / tuned.FOLDER).glob(f"{release[-12:]}-*.json"):
             path.unlink()
+        self.remove_files(release)
+
+    def remove_all(self) -> None:
+        """Everything of ours but the lock. First what leads to a release: half removed, none is one to be served."""
+        for name in ("current", "service", "state.json", "status.json", "service.log"):
+            (self.root / name).unlink(missing_ok=True)
+            place.draft(self.root / name).unlink(missing_ok=True)
+        for folder in (self.root / "settings", self.records, self.root / tuned.FOLDER, self.releases):
+            if folder.is_dir():
+                shutil.rmtree(folder)
 
 
 def _what_helps(error: OSError) -> str:

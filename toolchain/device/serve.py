@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from . import launch
 from .errors import DeviceError
-from .files import Bundle, bundle_of, sha256
+from .files import Bundle, bundle_of, problems, sha256
 from .launch import (
     KEY_VARIABLE,
     Child,
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 __all__ = ["KEY_VARIABLE", "check_address", "check_listen", "clean_environment", "fill", "free_port", "read_keys"]
 """Of the start, for those who have to do with servers."""
+
+Tell = Callable[[dict[str, object]], None]
+"""Takes an event, for programs: "event" is "ready" or "ended"."""
 
 _STOP_GRACE_S = 10.0
 _DEVICES_TIMEOUT_S = 60.0
@@ -231,7 +234,8 @@ def require_backend(bundle: Bundle) -> None:
             child.kill()
             raise DeviceError(f"llama-server did not name its devices within {_DEVICES_TIMEOUT_S:.0f} s") from None
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    if not any(line.startswith(expected) for line in lines):
+    named = any(re.match(rf"{re.escape(expected)}\d+:", line) for line in lines)  # "CUDA error: …" names none
+    if child.returncode != 0 or not named:
         last = (lines or ["it said nothing"])[-1]
         raise DeviceError(
             f"llama-server finds no {expected} device, and would use the processor: {last}",
@@ -269,13 +273,17 @@ class Restarts:
         return float(min(self.LONGEST_S, self.FIRST_S * 2 ** (self._in_a_row - 1)))
 
 
-def go_on(launched: Launched, say: Callable[[str], None]) -> None:
+def nobody(event: dict[str, object]) -> None:
+    """Events that nobody asked for."""
+
+
+def go_on(launched: Launched, say: Callable[[str], None], tell: Tell) -> None:
     """Serve with a server that was started already; otherwise as `run`."""
     asked = launched.options
     bundle = bundle_of(Path(launched.root), launched.manifest, launched.content)
     first = Server(launched.child, host=asked.host, port=asked.port, on_line=say)
     key_file = None if asked.api_key_file is None else Path(asked.api_key_file)
-    run(bundle, host=asked.host, port=asked.port, key_file=key_file, say=say, first=first)
+    run(bundle, host=asked.host, port=asked.port, key_file=key_file, say=say, tell=tell, first=first)
 
 
 def run(
@@ -286,47 +294,63 @@ def run(
     key_file: Path | None,
     tuned: "Tuned | None" = None,
     say: Callable[[str], None],
+    tell: Tell = nobody,
     first: Server | None = None,
 ) -> None:
     """Serve until a signal (raised as an exception by `main`) ends it; a server that crashes is started again.
 
     With `tuned` settings, unless it does not start with them. `first` was started already, its address checked before
-    that. Raises DeviceError when it does not become ready, or crashes again and again.
+    that. Raises DeviceError when it does not become ready the first time, or ends again and again, or is damaged by
+    then.
     """
     keys = read_keys(key_file)
     if first is None:
         check_address(host, port, has_key=bool(keys))
-    restarts = Restarts()
+    restarts, was_ready = Restarts(), False
     say("settings: the presets'" if tuned is None else f"settings: tuned, {tuned.gain:.2f} × as fast: {tuned}")
     while True:
-        server = first or start(
-            bundle,
-            host=host,
-            port=port,
-            key_file=key_file,
-            key=launch.environment_key(keys, key_file),
-            thread_count=tuned.threads if tuned is not None else None,
-            extra=tuned.arguments if tuned is not None else (),
-            on_line=say,
-        )
-        first = None
-        with server:
-            digest = _Digest(bundle.model)
-            try:
-                seconds = server.wait_ready(ready_timeout_s(bundle))
-            except DeviceError as error:
-                if tuned is None:
-                    raise
-                say(f"{error.message}; the tuned settings are left out")
-                tuned = None
-                continue
-            require_model(bundle, server, keys, digest)
-            shown = f"[{host}]" if ":" in host else host
-            url, name = f"http://{shown}:{port}", bundle.manifest["name"]
-            say(f"ready after {seconds:.2f} s: {name} on {url} (chat page) and {url}/v1 (API)")
-            server.wait()
-            ended = f"llama-server {server.ended()}: {server.last_error()}"
-        wait_s = restarts.after(time.perf_counter() - server.spawned_at_s)
+        lived_s = 0.0
+        try:
+            server = first or start(
+                bundle,
+                host=host,
+                port=port,
+                key_file=key_file,
+                key=launch.environment_key(keys, key_file),
+                thread_count=tuned.threads if tuned is not None else None,
+                extra=tuned.arguments if tuned is not None else (),
+                on_line=say,
+            )
+            first = None
+            with server:
+                digest = _Digest(bundle.model)
+                try:
+                    seconds = server.wait_ready(ready_timeout_s(bundle))
+                except DeviceError as error:
+                    if tuned is None or was_ready:
+                        raise
+                    say(f"{error.message}; the tuned settings are left out")
+                    tuned = None
+                    continue
+                require_model(bundle, server, keys, digest)
+                shown = f"[{host}]" if ":" in host else host
+                url, name = f"http://{shown}:{port}", bundle.manifest["name"]
+                say(f"ready after {seconds:.2f} s: {name} on {url} (chat page) and {url}/v1 (API)")
+                tell({"event": "ready", "bundle": bundle.id, "url": url, "pid": server.pid, "seconds": seconds})
+                was_ready = True
+                server.wait()
+                ended = f"llama-server {server.ended()}: {server.last_error()}"
+                lived_s = time.perf_counter() - server.spawned_at_s
+        except DeviceError as error:
+            if not was_ready:
+                raise
+            # What has served may lack memory or its port for a while; what is damaged does not mend itself.
+            if problems(bundle):
+                tell({"event": "ended", "bundle": bundle.id, "reason": error.message, "again_in_s": None})
+                raise
+            ended = error.message
+        wait_s = restarts.after(lived_s)
+        tell({"event": "ended", "bundle": bundle.id, "reason": ended, "again_in_s": wait_s})
         if wait_s is None:
             raise DeviceError(f"{ended}; it ended {restarts.LIMIT + 1} times in a row", hint="./edgectl doctor, smoke")
         say(f"{ended}; started again in {wait_s:g} s")

@@ -38,7 +38,7 @@ def run(bundle: files.Bundle, say: Callable[[str], None]) -> dict[str, Any]:
         try:
             with serve.start(bundle, host="127.0.0.1", port=port, key_file=key_file, extra=serve.TRACE) as server:
                 seconds = server.wait_ready(serve.ready_timeout_s(bundle))
-                checks.append(check("server ready", True, f"{' → '.join(server.health)} in {seconds:.2f} s"))
+                checks.append(check("server ready", True, _ready(server, seconds)))
                 checks.append(_checked("backend", lambda: _backend(bundle, server)))
                 checks += _served(bundle, Client("127.0.0.1", port, key), say)
                 checks.append(_stop(server))
@@ -50,6 +50,12 @@ def run(bundle: files.Bundle, say: Callable[[str], None]) -> dict[str, Any]:
 def live(bundle: files.Bundle, client: Client, say: Callable[[str], None]) -> dict[str, Any]:
     """The checks that can be made of a server that runs already, on its own address."""
     return verify.report(bundle.id, list(_served(bundle, client, say)))
+
+
+def _ready(server: Server, seconds: float) -> str:
+    """What /health said. A model that is loaded between two questions is not seen to load."""
+    unseen = "" if "503" in server.health else "; 503 was not seen: it listened and was ready between two questions"
+    return f"{' → '.join(server.health)} in {seconds:.2f} s{unseen}"
 
 
 def _scratch() -> "tempfile.TemporaryDirectory[str]":
@@ -111,7 +117,8 @@ def _checked(name: str, function: Callable[[], tuple[bool, str]]) -> Check:
 
 
 def _backend(bundle: files.Bundle, server: Server) -> tuple[bool, str]:
-    """The backend that holds most of the weights, and the library that was loaded for it."""
+    """Where the weights lie, and the library that was loaded for it: most of them on the backend that is promised, or
+    as many layers on it as the profile asks for."""
     expected = str(bundle.manifest["runtime"]["backend"])
     end_s = time.monotonic() + _LOG_WAIT_S
     while not (held := _held(server)) and time.monotonic() < end_s:
@@ -119,15 +126,26 @@ def _backend(bundle: files.Bundle, server: Server) -> tuple[bool, str]:
     libraries = server.libraries()
     if not held:
         return False, "the server's log does not say where the weights are"
-    used = max(held, key=lambda name: held[name])
-    shown = f"{used} holds {held[used]:.0f} MiB of weights; loaded: {', '.join(libraries) or 'built in'}"
+    asked = _layers_on_gpu(bundle)
     # Buffers are named after the device: CPU, CPU_Mapped, CPU_REPACK, CUDA0.
-    right = used.startswith(expected)
+    names = [name for name in held if name.startswith(expected)] if asked is not None else list(held)
+    used = max(names or held, key=lambda name: held[name])
+    shown = f"{used} holds {held[used]:.0f} MiB of weights; loaded: {', '.join(libraries) or 'built in'}"
+    right, wanted = used.startswith(expected), expected
     for line in list(server.log) if expected != "CPU" else []:
         if match := re.search(r"offloaded (\d+)/(\d+) layers", line):
-            right = right and match[1] == match[2]
-            shown += f"; {match[1]} of {match[2]} layers on the GPU"
-    return right, f"{shown}; {expected} is expected"
+            offloaded, total = int(match[1]), int(match[2])
+            right = right and offloaded == (total if asked is None else min(asked, total))
+            shown += f"; {offloaded} of {total} layers on the GPU"
+            wanted = expected if asked is None else f"{expected} with {asked} layers"
+    return right, f"{shown}; {wanted} is expected"
+
+
+def _layers_on_gpu(bundle: files.Bundle) -> int | None:
+    """As many as the profile asks for; None for all."""
+    argv = bundle.presets()["server"]["argv"]
+    given = argv[argv.index("--n-gpu-layers") + 1] if "--n-gpu-layers" in argv else "all"
+    return None if given == "all" else int(given)
 
 
 def _held(server: Server) -> dict[str, float]:

@@ -31,7 +31,7 @@ _STOP_GRACE_S = 15.0
 _LOCK_WAIT_S = 1.0
 """Whoever asks whether there is a supervisor holds its lock for a moment."""
 _FAILURES = 2
-"""So often a good release may fail to start before the one before it stands in."""
+"""So often in a row a good release may fail to start before the one before it stands in."""
 _LOG_BYTES = 16 << 20
 
 
@@ -81,7 +81,8 @@ def run(home: Home, say: Callable[[str], None]) -> None:
         ended = _serve(home, stand_in or wanted.release, wanted, note, say)
         if ended is None:
             continue
-        failures += ended.code != BusyError.exit_code
+        if stand_in is None and ended.code != BusyError.exit_code:
+            failures = 0 if ended.was_ready else failures + 1
         wait_s = restarts.after(time.monotonic() - start_s) or Restarts.LONGEST_S
         say(f"{stand_in or wanted.release}: {ended.reason}; started again in {wait_s:g} s")
         end_s = time.monotonic() + wait_s
@@ -120,6 +121,8 @@ class _Ended:
 
     code: int
     reason: str
+    was_ready: bool = False
+    """It had started: what ends later, for want of memory or by a signal, starts again."""
 
 
 def _serve(home: Home, release: str, wanted: _Wanted, note: Path, say: Callable[[str], None]) -> _Ended | None:
@@ -151,6 +154,7 @@ def _serve(home: Home, release: str, wanted: _Wanted, note: Path, say: Callable[
         tell(state="ended", ended=str(error))
         return _Ended(1, f"cannot start {argv[0]}: {error.strerror}")
     errors: list[str] = []
+    ready = threading.Event()
 
     def read() -> None:
         assert child.stderr is not None
@@ -158,6 +162,7 @@ def _serve(home: Home, release: str, wanted: _Wanted, note: Path, say: Callable[
             if line.startswith("error: "):
                 errors.append(line.removeprefix("error: ").rstrip("\n"))
             if line.startswith("ready after "):
+                ready.set()
                 tell(state="ready")
             _keep_log_short()
             say(line.rstrip("\n"))
@@ -175,7 +180,7 @@ def _serve(home: Home, release: str, wanted: _Wanted, note: Path, say: Callable[
         reader.join(1)
     ended = (errors or [f"its edgectl ended with {child.returncode}"])[-1]
     tell(state="ended", ended=ended)
-    return _Ended(child.returncode, ended)
+    return _Ended(child.returncode, ended, ready.is_set())
 
 
 def _keep_log_short() -> None:

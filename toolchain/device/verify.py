@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import files, probe, signature
+from . import files, probe, processor, signature
 from .errors import DeviceError
+from .facts import FactError
+from .system import HERE, System
 
 Check = dict[str, Any]
 """{"name": str, "ok": bool, "detail": str}"""
@@ -25,25 +27,34 @@ def file_check(bundle: files.Bundle) -> Check:
     return check("files", not found, "; ".join(found) or f"{count} files as built")
 
 
-def host_checks(bundle: files.Bundle) -> list[Check]:
+def host_checks(bundle: files.Bundle, system: System = HERE) -> list[Check]:
     """The machine has what the programs and the model need."""
     target, runtime = bundle.manifest["target"], bundle.manifest["runtime"]
     arch = platform.machine()
     checks = [
         check("architecture", arch == target["arch"], f"this machine is {arch}, the bundle is for {target['arch']}")
     ]
+    checks.append(_instruction_check(bundle, system))
     checks.append(_glibc_check(str(runtime["glibc_needed"])))
     page, alignment = os.sysconf("SC_PAGE_SIZE"), int(runtime["segment_alignment"])
     checks.append(check("page size", page <= alignment, f"{page} bytes here, programs are aligned to {alignment}"))
     if runtime["device_libraries"]:
         checks.append(_libraries_check(runtime["device_libraries"]))
-    checks.append(_memory_check(bundle.wanted_bytes))
+    checks.append(_memory_check(bundle.wanted_bytes, system))
     return checks
 
 
-def _memory_check(wanted: int) -> Check:
+def _instruction_check(bundle: files.Bundle, system: System) -> Check:
     try:
-        memory = probe.memory_bytes()
+        needed, missing = processor.needed_and_missing(bundle.manifest, system)
+    except FactError as error:
+        return check("instruction set", True, f"not known: {error.reason}")  # nothing is refused for a guess
+    return check("instruction set", not missing, processor.lacks(needed, missing) if missing else ", ".join(needed))
+
+
+def _memory_check(wanted: int, system: System) -> Check:
+    try:
+        memory = probe.memory_granted_bytes(system)
     except DeviceError as error:
         return check("memory", False, f"not known: {error.message}")
     detail = f"{memory >> 20} MiB here, {wanted >> 20} MiB are needed for the model, its context and the server"

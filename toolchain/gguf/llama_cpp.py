@@ -55,6 +55,11 @@ _LAYOUT = 1
 _FREE_BYTES = 1_500_000_000
 """Source, objects and programs of the largest CPU build together, with room to spare."""
 
+_NOT_INHERITED = (
+    *("CMAKE_TOOLCHAIN_FILE", "CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH"),
+    *("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN"),
+)
+"""Variables by which the caller's surroundings would get into a build."""
 _CROSS = re.compile(r"(?P<host>(?P<arch>x86_64|aarch64)-linux-gnu)-(?P<kind>gcc|g\+\+)")
 """A cross compiler as Debian calls it; its package has the same words the other way round."""
 _DEBIAN = {"x86_64": "amd64", "aarch64": "arm64"}
@@ -231,7 +236,9 @@ def compiled(
     # Not the caller's own: they would change the build without changing its key. No path of this machine in it.
     no_paths = f"-ffile-prefix-map={sdist}=."
     env = {"CFLAGS": no_paths, "CXXFLAGS": no_paths, "CUDAFLAGS": f"-Xcompiler={no_paths}", "LDFLAGS": ""}
-    env["CMAKE_TOOLCHAIN_FILE"] = ""
+    env |= dict.fromkeys(_NOT_INHERITED, "")
+    if "CMAKE_CUDA_HOST_COMPILER" in cmake:
+        env["CUDAHOSTCXX"] = ""  # CMake would take it before the option
     if _asks(cmake, cuda_toolkit.PLACEHOLDER):
         toolkit = cuda_toolkit.make(cache_folder(), report=report)
         cmake = _filled(cmake, cuda_toolkit.PLACEHOLDER, toolkit)
