@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, StringConstraints
+from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
 from toolchain.errors import HostError, RecipeError
 from toolchain.recipe import Name
@@ -37,6 +37,15 @@ class Isa(Settings):
     """Functions of a static C library, with wildcards, that it uses only where the processor has what they need."""
     chosen_at_run_time: tuple[str, ...] = ()
     """File names, with wildcards, that are loaded only where the processor can run them: not looked at."""
+    asks_first: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """A file name, with wildcards → names of what is forbidden elsewhere: its code asks the processor before."""
+
+    @model_validator(mode="after")
+    def _known_rules(self) -> "Isa":
+        unknown = {name for names in self.asks_first.values() for name in names} - self.forbidden.keys()
+        if unknown:
+            raise ValueError(f"asks_first names {', '.join(sorted(unknown))}, which is not among what is forbidden")
+        return self
 
 
 class Runtime(Settings):
