@@ -348,6 +348,23 @@ def test_a_full_disk_below_the_copies_is_one_clear_error(tmp_path: Path, monkeyp
     assert "TMPDIR" in str(caught.value.hint)
 
 
+@pytest.mark.parametrize("name", sorted(name for name in targets() if read_target(name).arch == "aarch64"))
+def test_programs_for_pages_of_4_kib_are_refused_on_every_arm_board(tmp_path: Path, name: str) -> None:
+    target = read_target(name)
+    source = "int main(void) { return 0; }\n"
+    for size in (4096, 65536):
+        argv = [compiler_for(name), "-x", "c", "-o", str(tmp_path / "a"), f"-Wl,-z,max-page-size={size}", "-"]
+        subprocess.run(argv, input=source, text=True, check=True)
+        elf = runtime.read_elf(tmp_path / "a")
+        if size == 65536:
+            runtime._check("a", elf, target, set())
+            continue
+        with pytest.raises(
+            HostError, match=rf"a is aligned to 4096 bytes, the target {name} may have pages of \d{{5}}"
+        ):
+            runtime._check("a", elf, target, set())
+
+
 @gcc
 def test_programs_that_large_pages_cannot_map_are_refused(tmp_path: Path) -> None:
     elf = runtime.read_elf(compile_program(tmp_path, "-Wl,-z,max-page-size=4096"))
