@@ -163,6 +163,21 @@ def test_native_programs_are_stripped_even_where_their_processor_is_named(small_
 
 
 @needs_compiler
+def test_a_build_is_unpacked_by_a_python_that_has_no_filters_for_tar(
+    small_source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """3.11.2, as Debian 12 has it, or 3.11.0, as Ubuntu 22.04."""
+    newer = tarfile.TarFile.extractall
+
+    def older(self: tarfile.TarFile, path: Path, members: None = None, *, numeric_owner: bool = False) -> None:
+        newer(self, path, members, numeric_owner=numeric_owner, filter="data")
+
+    monkeypatch.setattr(tarfile.TarFile, "extractall", older)
+    monkeypatch.delattr(tarfile, "data_filter")
+    assert llama_cpp.build({}, report=Silent()).program("llama-server").is_file()
+
+
+@needs_compiler
 def test_other_options_are_another_build(small_source: Path) -> None:
     one = llama_cpp.build({}, report=Silent())
     with pytest.raises(errors.HostError, match="not built with these options"):

