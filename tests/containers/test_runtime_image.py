@@ -166,7 +166,7 @@ def test_a_base_is_made_of_the_image_that_a_profile_names_as_the_hint_says(
 ) -> None:
     """A library of a made-up device, in an image that lacks Python as NVIDIA's do."""
     (tmp_path / "Dockerfile").write_text(f"FROM {debian}\nRUN touch /usr/lib/libnpu.so\n")
-    built = docker.run("build", "--tag", "toolchain-test:npu", str(tmp_path))
+    built = docker.run("build", "--network", "host", "--tag", "toolchain-test:npu", str(tmp_path))
     assert built.returncode == 0, built.stderr[-2000:]
     target = read_target("x86-cpu").model_copy(update={"image": Image(base="toolchain-test:npu")})
     target = target.model_copy(
