@@ -18,7 +18,11 @@ COPY toolchain toolchain
 ENV PATH=/opt/venv/bin:$PATH TOOLCHAIN_CACHE=/opt/cache PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 ARG PIP_OPTIONS=""
 RUN ${PYTHON} -m venv /opt/venv && pip install --quiet ${PIP_OPTIONS} -c constraints.txt ".[gguf]"
-RUN toolchain runtime build --target jetson-orin && rm -f /opt/cache/llama.cpp/*.lock /opt/cache/llama.cpp/*.log
+# Another profile for the same base: its name in targets/, or a file below this folder.
+ARG TARGET=jetson-orin
+# Where it fails, the log is lost with the container: its end is shown.
+RUN toolchain runtime build --target ${TARGET} || { tail -n 40 /opt/cache/llama.cpp/*.log; exit 1; }; \
+    rm -f /opt/cache/llama.cpp/*.lock /opt/cache/llama.cpp/*.log
 
 FROM scratch AS out
 COPY --from=build /opt/cache/llama.cpp /

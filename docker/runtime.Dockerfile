@@ -2,7 +2,8 @@
 # --form image` makes the same without a container engine; this is for those who build everything by Docker.
 #
 #   docker build -f docker/runtime.Dockerfile --build-arg BUNDLE=work/bundle-x86-cpu/…/my-model-1.0-x86-cpu -t runtime-x86-cpu .
-#   … for arm64: --platform linux/arm64;  for a Jetson: --build-arg SYSTEM=device --build-arg BASE=nvcr.io/nvidia/…
+#   … for arm64: --platform linux/arm64;  for a Jetson: --build-arg SYSTEM=device --build-arg BASE=nvcr.io/nvidia/…, the
+#   image that its profile names: image.base in targets/, [images] in docker/versions.toml
 ARG DEBIAN=debian:bookworm-slim@sha256:96e378d7e6531ac9a15ad505478fcc2e69f371b10f5cdf87857c4b8188404716
 ARG BASE=${DEBIAN}
 ARG SYSTEM=minimal

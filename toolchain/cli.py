@@ -294,7 +294,7 @@ def base(arch: str | None, target: str | None, out: Path, force: bool, quiet: bo
         made = minimal_base.make(
             out,
             arch=profile.arch if profile else str(arch),
-            libraries=profile.runtime.device_libraries if profile else (),
+            target=profile,
             report=terminal,
             force=force,
         )

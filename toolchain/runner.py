@@ -156,7 +156,7 @@ class Pipeline:
 
     def check_bases(self, *, only: str | None, until: str | None) -> None:
         """A base that is missing or will not do is found before hours of training. Raises RecipeError, HostError."""
-        from toolchain.bundle import forms
+        from toolchain.bundle import forms, minimal_base
 
         bundle = self._with_paths.bundle
         if bundle.base is None or only not in (None, "forms") or until not in (None, "forms"):
@@ -166,10 +166,9 @@ class Pipeline:
             base: Path | None = getattr(bundle.base, target.arch)
             if base is None:
                 key = f"bundle.base.{target.arch}"
-                what = f"--target {target.name}" if target.runtime.device_libraries else f"--arch {target.arch}"
                 raise RecipeError(
                     f"{key} is missing, and the image for {target.name} stands on it",
-                    hint=f"toolchain base {what} --out base.tar, then {key} = 'base.tar'",
+                    hint=f"{minimal_base.how(target, out=Path('base.tar'))}, then {key} = 'base.tar'",
                 )
             forms.check_base(base, target)
 

@@ -5,11 +5,11 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, StringConstraints
+from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
 from toolchain.errors import HostError, RecipeError
 from toolchain.recipe import Bench, Name
-from toolchain.resources import resource
+from toolchain.resources import resource, versions
 from toolchain.settings import Settings, read_toml
 
 CmakeName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
@@ -38,6 +38,15 @@ class Isa(Settings):
     """Functions of a static C library, with wildcards, that it uses only where the processor has what they need."""
     chosen_at_run_time: tuple[str, ...] = ()
     """File names, with wildcards, that are loaded only where the processor can run them: not looked at."""
+    asks_first: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """A file name, with wildcards → names of what is forbidden elsewhere: its code asks the processor before."""
+
+    @model_validator(mode="after")
+    def _known_rules(self) -> "Isa":
+        unknown = {name for names in self.asks_first.values() for name in names} - self.forbidden.keys()
+        if unknown:
+            raise ValueError(f"asks_first names {', '.join(sorted(unknown))}, which is not among what is forbidden")
+        return self
 
 
 class Runtime(Settings):
@@ -96,6 +105,26 @@ class Budgets(Settings):
     """The mode that the others are meant for, or several, as `nvpmodel -q` has them; in another nothing is judged."""
 
 
+class Image(Settings):
+    """What a bundle's image stands on."""
+
+    base: str | None = None
+    """One with the device's own libraries: a name of [images] in docker/versions.toml, or a reference. Left out: what
+    `toolchain base` makes of Debian's packages."""
+
+    @model_validator(mode="after")
+    def _known_name(self) -> "Image":
+        known = versions()["images"]
+        if self.base is not None and self.base not in known and not set(self.base) & set("/:@"):
+            raise ValueError(f"base names '{self.base}': known are {', '.join(sorted(known))}, or give a reference")
+        return self
+
+    @property
+    def reference(self) -> str | None:
+        """As `docker pull` takes it."""
+        return None if self.base is None else str(versions()["images"].get(self.base, self.base))
+
+
 class TargetProfile(Settings):
     """One device or family of devices."""
 
@@ -104,7 +133,10 @@ class TargetProfile(Settings):
     arch: Literal["x86_64", "aarch64"]
     memory_mib: int | None = Field(None, ge=64)
     """Of the smallest board that is meant; left out: any. Model, cache and server must fit into it."""
+    disk_mib: int | None = Field(None, ge=64)
+    """Free on the smallest board that is meant, before a release is installed; left out: any."""
     runtime: Runtime
+    image: Image = Image()
     server: Server = Server()
     bench: Bench = Bench()
     """How `edgectl bench` measures where it is not told otherwise."""

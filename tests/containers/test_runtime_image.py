@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ from tests.containers import context
 from tests.containers.engine import Engine
 from tests.containers.serving import CONFINED, ask, expect_confined, expect_stop, inspect, running
 from tests.device import bundles, records, tiny_chat
-from toolchain.bundle import image, minimal_base
+from toolchain.bundle import forms, image, minimal_base
 from toolchain.gguf import llama_cpp
 from toolchain.reporter import Silent
-from toolchain.target import read_target
+from toolchain.target import Image, read_target
 
 pytestmark = [pytest.mark.docker, pytest.mark.llama_cpp]
 PLATFORMS = {"x86-cpu": "linux/amd64", "rpi5": "linux/arm64"}
@@ -159,6 +160,28 @@ def test_without_an_engine_the_same_image_is_made(
         assert packed[key] == by_engine[key], key
     # A Dockerfile cannot read the manifest: version and identity are labels of the other one alone.
     assert by_engine["Labels"].keys() < packed["Labels"].keys()
+
+
+def test_a_base_is_made_of_the_image_that_a_profile_names_as_the_hint_says(
+    docker: Engine, debian: str, folder: Path, tmp_path: Path
+) -> None:
+    """A library of a made-up device, in an image that lacks Python as NVIDIA's do."""
+    (tmp_path / "Dockerfile").write_text(f"FROM {debian}\nRUN touch /usr/lib/libnpu.so\n")
+    built = docker.run("build", "--network", "host", "--tag", "toolchain-test:npu", str(tmp_path))
+    assert built.returncode == 0, built.stderr[-2000:]
+    target = read_target("x86-cpu").model_copy(update={"image": Image(base="toolchain-test:npu")})
+    target = target.model_copy(
+        update={"runtime": target.runtime.model_copy(update={"device_libraries": ("libnpu.so",)})}
+    )
+    out = tmp_path / "base.tar"
+    build, save = (shlex.split(part)[1:] for part in minimal_base.how(target, out=out).split(" && "))
+    assert build[:3] == ["build", "-f", "docker/runtime.Dockerfile"]
+    assert build[-1] == "."
+    dockerfile = f"{folder}/docker/runtime.Dockerfile"
+    for argv in (["build", "--network", "host", "-f", dockerfile, *build[3:-1], str(folder)], save):
+        ran = docker.run(*argv)
+        assert ran.returncode == 0, ran.stderr[-2000:]
+    forms.check_base(out, target)
 
 
 def test_an_image_that_was_packed_without_an_engine_serves_as_well(

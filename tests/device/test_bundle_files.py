@@ -257,6 +257,20 @@ def test_a_model_that_does_not_fit_the_boards_memory_is_refused_with_what_takes_
     make("fits", target=board, settings=build.BundleSettings(name="tiny", version="1.0", context=128))
 
 
+def test_a_bundle_that_does_not_fit_the_boards_disk_is_refused_with_what_takes_it(make: Make) -> None:
+    board = target().model_copy(update={"disk_mib": 64})
+    folder = make(target=board)
+    files_bytes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    rest = [size for path, size in files_bytes.items() if path.parent.name not in ("model", "bin")]
+    assert sum(rest) < build.REST_BYTES
+    small = board.model_copy(update={"disk_mib": 3})
+    with pytest.raises(
+        ModelError,
+        match=r"takes 4 MiB of disk: 2 for the model, 0 for the programs, 2 for the rest; x86-cpu has 3$",
+    ):
+        make("small", target=small)
+
+
 def test_a_context_longer_than_the_models_is_refused(make: Make) -> None:
     with pytest.raises(ModelError, match="made for 1024 tokens, 4096 are asked for"):
         make(settings=build.BundleSettings(name="tiny", version="1.0", context=4096))

@@ -1,6 +1,7 @@
 """The Raspberry Pi's programs, cross-compiled: inspected, and run by qemu as its processor would."""
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -60,12 +61,13 @@ def argv(bundle: Path, cpu: str, *options: str) -> list[str]:
 
 
 @contextmanager
-def served(command: list[str], cwd: Path | None = None) -> Iterator[str]:
+def served(command: list[str], cwd: Path | None = None, log: Path = Path(os.devnull)) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     argv = [*command, "--port", str(port)]
-    child = subprocess.Popen(argv, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with log.open("wb") as sink:
+        child = subprocess.Popen(argv, cwd=cwd, stdout=sink, stderr=sink)
     url = f"http://127.0.0.1:{port}"
     try:
         limit = time.monotonic() + 120

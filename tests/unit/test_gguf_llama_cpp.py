@@ -1,6 +1,7 @@
 """Building, caching and finding llama.cpp, with a small CMake project of the same shape in its place."""
 
 import hashlib
+import platform
 import shutil
 import subprocess
 import sys
@@ -121,6 +122,59 @@ def test_an_installed_build_has_programs_libraries_sources_and_bindings_and_no_m
     assert [path.name for path in (built.bindings / "llama_cpp").iterdir()] == []
     with pytest.raises(errors.HostError, match="llama-cli"):
         built.program("llama-cli")
+
+
+@needs_compiler
+def test_a_bundle_made_on_another_machine_has_the_libraries_of_the_one_that_built(
+    small_source: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As jetson-orin's, which is built in a container: no cross compiler, and named by its processor."""
+    pytest.importorskip("elftools")
+    from toolchain.bundle import runtime
+
+    machine = platform.machine()
+    options: dict[str, str | bool] = {
+        "CMAKE_BUILD_RPATH_USE_ORIGIN": True,
+        "CMAKE_SYSTEM_PROCESSOR": machine,
+        "CMAKE_SHARED_LINKER_FLAGS": "-Wl,--no-as-needed -lstdc++ -lgcc_s",
+    }
+    profile = tmp_path / "board.toml"
+    profile.write_text(
+        f'name = "board"\ndescription = "made up"\narch = "{machine}"\n[runtime]\nbackend = "CPU"\n'
+        'glibc_floor = "9.9"\n[runtime.cmake]\n'
+    )
+    built = llama_cpp.build(options, report=Silent())
+    assert {path.name for path in built.libraries.iterdir()} == {"libstdc++.so.6", "libgcc_s.so.1"}
+    # What is here now must make no difference.
+    with (built.libraries / "libstdc++.so.6").open("ab") as file:
+        file.write(b"the builder's")
+    monkeypatch.setenv("PATH", "/nowhere")
+    runtime.collect(built, read_target(str(profile)), tmp_path / "bin")
+    assert (tmp_path / "bin" / "libstdc++.so.6").read_bytes().endswith(b"the builder's")
+
+
+@needs_compiler
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
+def test_native_programs_are_stripped_even_where_their_processor_is_named(small_source: Path) -> None:
+    built = llama_cpp.build({"CMAKE_SYSTEM_PROCESSOR": platform.machine()}, report=Silent())
+    asked = subprocess.run(["nm", built.program("llama-server")], capture_output=True, text=True, check=False)
+    assert "no symbols" in asked.stderr
+    assert not built.libraries.exists()
+
+
+@needs_compiler
+def test_a_build_is_unpacked_by_a_python_that_has_no_filters_for_tar(
+    small_source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """3.11.2, as Debian 12 has it, or 3.11.0, as Ubuntu 22.04."""
+    newer = tarfile.TarFile.extractall
+
+    def older(self: tarfile.TarFile, path: Path, members: None = None, *, numeric_owner: bool = False) -> None:
+        newer(self, path, members, numeric_owner=numeric_owner, filter="data")
+
+    monkeypatch.setattr(tarfile.TarFile, "extractall", older)
+    monkeypatch.delattr(tarfile, "data_filter")
+    assert llama_cpp.build({}, report=Silent()).program("llama-server").is_file()
 
 
 @needs_compiler

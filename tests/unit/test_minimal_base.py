@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from toolchain.bundle import minimal_base
-from toolchain.errors import ExternalToolError, HostError
+from toolchain.errors import ExternalToolError, HostError, RecipeError
 from toolchain.gguf import cuda_toolkit
 from toolchain.reporter import Silent
+from toolchain.resources import versions
 from toolchain.target import read_target
 
 
@@ -66,10 +67,40 @@ def test_where_it_cannot_be_written_is_told_before_anything_is_fetched(
 def test_libraries_that_cannot_be_had_are_named_with_where_they_are(
     arch: str, libraries: tuple[str, ...], tmp_path: Path
 ) -> None:
-    with pytest.raises(HostError, match=libraries[0]) as caught:
-        minimal_base.make(tmp_path / "base.tar", arch=arch, libraries=libraries, report=Silent())
-    assert "docker save" in str(caught.value.hint)
-    assert list(tmp_path.iterdir()) == []
+    profile = tmp_path / "board.toml"
+    for image, told in (
+        ("", "image.base"),
+        ('[image]\nbase = "example.org/npu:1"\n', "BASE=example.org/npu:1 -t base"),
+    ):
+        profile.write_text(
+            f'name = "board"\ndescription = "made up"\narch = "{arch}"\n{image}[runtime]\nbackend = "CPU"\n'
+            f'glibc_floor = "2.35"\ndevice_libraries = {list(libraries)}\n[runtime.cmake]\n'
+        )
+        target = read_target(str(profile))
+        with pytest.raises(HostError, match=libraries[0]) as caught:
+            minimal_base.make(tmp_path / "base.tar", arch=arch, target=target, report=Silent())
+        assert told in str(caught.value.hint)
+    assert list(tmp_path.iterdir()) == [profile]
+
+
+def test_a_jetson_whose_libraries_are_no_packages_is_told_which_image_has_them(tmp_path: Path) -> None:
+    hint = minimal_base.how(read_target("jetson-orin"), out=tmp_path / "base.tar")
+    assert f"--target device --platform linux/arm64 --build-arg BASE={versions()['images']['jetson_orin']} " in hint
+    assert hint.endswith(f"docker save -o {tmp_path}/base.tar base")
+
+
+@pytest.mark.parametrize("name", ["x86-cpu", "rpi5", "jetson-orin-jp7"])
+def test_a_base_that_can_be_made_here_is(name: str) -> None:
+    assert minimal_base.how(read_target(name), out=Path("base.tar")).startswith("toolchain base --")
+
+
+def test_an_image_that_is_misspelt_is_refused_when_the_profile_is_read(tmp_path: Path) -> None:
+    (tmp_path / "board.toml").write_text(
+        'name = "board"\ndescription = "made up"\narch = "aarch64"\n[image]\nbase = "jetson_orn"\n'
+        '[runtime]\nbackend = "CPU"\nglibc_floor = "2.35"\n[runtime.cmake]\n'
+    )
+    with pytest.raises(RecipeError, match=r"base names 'jetson_orn': known are .*jetson_orin, .* or give a reference"):
+        read_target(str(tmp_path / "board.toml"))
 
 
 def test_a_jetson_with_cuda_13_gets_what_its_profile_says_that_it_has() -> None:

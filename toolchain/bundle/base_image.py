@@ -118,7 +118,7 @@ class BaseImage:
             while block := file.read(_BLOCK_BYTES):
                 write(block)
 
-    def check_contents(self, arch: str, libraries: Sequence[str]) -> None:
+    def check_contents(self, target: str, arch: str, libraries: Sequence[str]) -> None:
         """It has the C library and the Python that a bundle needs, and the device's own libraries. Raises HostError."""
         found = self._found({_LOADERS[arch], *libraries})
         names = {posixpath.basename(path) for path in found}
@@ -139,7 +139,7 @@ class BaseImage:
         if missing:
             raise HostError(
                 f"{self.path}: no {', '.join(sorted(missing))} in it, which the bundle's programs need",
-                hint="for CUDA 13: toolchain base --target jetson-orin-jp7; or NVIDIA's image, with python3 in it",
+                hint=f"`toolchain base --target {target}` makes one that has them, or says what does",
             )
 
     def _found(self, wanted: set[str]) -> set[str]:

@@ -31,6 +31,8 @@ _DEVICE = Path(layout.__file__).parent
 _ENTRY = "edgectl.py"
 _PROGRAM_MODE, _FILE_MODE, _FOLDER_MODE = 0o755, 0o644, 0o755
 _BLOCK_BYTES = 1 << 20
+REST_BYTES = 2 << 20
+"""All of a bundle that is neither model nor programs, at most: edgectl, texts, the web page, recorded answers."""
 SBOM = "sbom.cdx.json"
 _ON_DEVICE = {"works": "smoke", "tokens_per_second": "bench", "cold_start": "bench", "memory": "bench"}
 _GCC_NOTE = """libstdc++.so.6 and libgcc_s.so.1 are parts of the GNU Compiler Collection, copied without change but for
@@ -88,6 +90,7 @@ def run(
     model = f"model/{file_name(settings, facts, gguf)}"
     with bar(report, "bundle", total=5, unit="step") as task:
         programs = runtime.collect(llama, target, folder / command.PROGRAMS)
+        _check_disk(facts.file_bytes, programs.bytes, gguf, target)
         task.advance()
         model_sha256 = _place(gguf, folder / model, expected=gguf_sha256)
         task.advance()
@@ -253,6 +256,18 @@ def _check_memory(facts: "GgufFacts", gguf: Path, settings: BundleSettings, targ
             f"{cache / 2**20:.0f} for a context of {settings.context} tokens, {layout.SERVER_BYTES >> 20} for the "
             f"server; {target.name} has {target.memory_mib}",
             hint="lower bundle.context, take a smaller quantize.file_type, or write a profile with more memory_mib",
+        )
+
+
+def _check_disk(model_bytes: int, programs_bytes: int, gguf: Path, target: TargetProfile) -> None:
+    """A release has room on the smallest board that is meant."""
+    needed = model_bytes + programs_bytes + REST_BYTES
+    if target.disk_mib is not None and needed > target.disk_mib << 20:
+        raise ModelError(
+            f"{gguf}: the bundle takes {needed / 2**20:.0f} MiB of disk: {model_bytes / 2**20:.0f} for the model, "
+            f"{programs_bytes / 2**20:.0f} for the programs, {REST_BYTES >> 20} for the rest; {target.name} has "
+            f"{target.disk_mib}",
+            hint="take a smaller quantize.file_type, or write a profile with more disk_mib",
         )
 
 

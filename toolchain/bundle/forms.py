@@ -13,7 +13,7 @@ from toolchain.target import TargetProfile
 def check_base(base: Path, target: TargetProfile) -> None:
     """Images for `target` can stand on `base`. Raises HostError."""
     with open_base(base, image.platform(target.arch)) as found:
-        found.check_contents(target.arch, target.runtime.device_libraries)
+        found.check_contents(target.name, target.arch, target.runtime.device_libraries)
 
 
 def run(forms: Sequence[str], *, bundle: Path, base: Path | None, out: Path, report: Reporter) -> dict[str, Any]:

@@ -65,7 +65,9 @@ def pack(folder: Path, out: Path, *, base: Path, report: Reporter, force: bool =
     bundle = archive.open_to_pack(folder)
     arch = str(bundle.manifest["target"]["arch"])
     with open_base(base, platform(arch)) as stands_on:
-        stands_on.check_contents(arch, bundle.manifest["runtime"]["device_libraries"])
+        stands_on.check_contents(
+            bundle.manifest["target"]["name"], arch, bundle.manifest["runtime"]["device_libraries"]
+        )
         size = archive.total_bytes(bundle) + sum(layer.bytes for layer in stands_on.layers)
         with (
             archive.finished(out, folder, size, force=force) as file,

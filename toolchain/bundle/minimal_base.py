@@ -7,7 +7,7 @@ import os
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +19,28 @@ from toolchain.errors import HostError
 from toolchain.gguf import cuda_toolkit, llama_cpp
 from toolchain.reporter import Reporter
 from toolchain.resources import resource
+from toolchain.target import TargetProfile
 
 NAME = "toolchain-base"
 _BYTES = 70 << 20
 _CUDA_BYTES = 670 << 20
-_CUDA_ENV = ["NVIDIA_VISIBLE_DEVICES=all", "NVIDIA_DRIVER_CAPABILITIES=compute,utility"]
+CUDA_ENV = ["NVIDIA_VISIBLE_DEVICES=all", "NVIDIA_DRIVER_CAPABILITIES=compute,utility"]
 """What the container toolkit goes by, which puts the driver's own libraries into a container."""
 _DEBIAN = {"x86_64": "amd64", "aarch64": "arm64"}
 
 
 def make(
-    out: Path, *, arch: str, report: Reporter, libraries: Sequence[str] = (), force: bool = False
+    out: Path, *, arch: str, report: Reporter, target: TargetProfile | None = None, force: bool = False
 ) -> dict[str, Any]:
     """Write the base for `arch` to the file `out`, as `docker load` and `toolchain pack` read it; digest and bytes.
 
-    `libraries` are what a target's programs want of their device. Raises HostError where Debian's tools or room are
-    missing and for libraries that cannot be had so, ExternalToolError when packages or wheels cannot be had.
+    With the libraries that the programs for a `target` want of their device. Raises HostError where Debian's tools or
+    room are missing and for libraries that cannot be had so, ExternalToolError when packages or wheels cannot be had.
     """
-    if libraries and (arch != "aarch64" or not cuda_toolkit.device_libraries().issuperset(libraries)):
+    libraries = target.runtime.device_libraries if target is not None else ()
+    if target is not None and not _can_be_made(target):
         raise HostError(
-            f"no base with {', '.join(libraries)} for {arch} can be made here",
-            hint="docker save an image of NVIDIA's that has them; docker/versions.toml names one for each Jetson",
+            f"no base with {', '.join(libraries)} for {arch} can be made of packages", hint=how(target, out=out)
         )
     for program in ("apt-get", "dpkg-deb"):
         if shutil.which(program) is None:
@@ -67,7 +68,7 @@ def make(
                 "created": image.CREATED,
                 **platform,
                 "config": {
-                    "Env": ["PATH=/usr/sbin:/usr/bin", *(_CUDA_ENV if libraries else ())],
+                    "Env": ["PATH=/usr/sbin:/usr/bin", *(CUDA_ENV if libraries else ())],
                     "User": image.USER,
                     "WorkingDir": "/",
                 },
@@ -88,6 +89,25 @@ def _add_cuda(root: Path, report: Reporter) -> None:
         place = root / "usr/share/doc" / path.name
         place.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, place / "copyright")
+
+
+def _can_be_made(target: TargetProfile) -> bool:
+    libraries = target.runtime.device_libraries
+    return not libraries or (target.arch == "aarch64" and cuda_toolkit.device_libraries().issuperset(libraries))
+
+
+def how(target: TargetProfile, *, out: Path) -> str:
+    """What makes a base for a target's images: ours, or by an engine the image that its profile names, and Python."""
+    if _can_be_made(target):
+        what = f"--target {target.name}" if target.runtime.device_libraries else f"--arch {target.arch}"
+        return f"toolchain base {what} --out {out}"
+    if target.image.reference is None:
+        return "give the profile an image that has them: image.base"
+    platform = f"linux/{image.platform(target.arch)['architecture']}"
+    return (
+        f"docker build -f docker/runtime.Dockerfile --target device --platform {platform} --build-arg "
+        f"BASE={target.image.reference} -t base . && docker save -o {out} base"
+    )
 
 
 class _Sink:

@@ -23,7 +23,7 @@ from elftools.elf.gnuversions import GNUVerNeedSection, GNUVerSymSection
 from toolchain.artifact import write_atomic
 from toolchain.bundle import command, fatbin
 from toolchain.errors import ExternalToolError, HostError
-from toolchain.gguf.llama_cpp import LlamaCpp
+from toolchain.gguf.llama_cpp import LlamaCpp, library_of
 from toolchain.target import TargetProfile
 
 PROGRAMS = ("llama-server", "llama-bench")
@@ -150,7 +150,7 @@ def collect(llama: LlamaCpp, target: TargetProfile, out: Path) -> RuntimeFacts:
     elves = {path.name: read_elf(path) for path in sorted(out.iterdir())}
     for name, elf in elves.items():
         _check(name, elf, target, set(elves))
-    check_isa(out, target, proven=llama.root / "isa.json")
+    check_isa(out, target, proven=llama.passed)
     _check_gpu(out, target)
     newest = max(elf.glibc for elf in elves.values())
     return RuntimeFacts(
@@ -202,10 +202,9 @@ def _compiler_library(name: str, target: TargetProfile) -> Path:
     """The compiler's own copy for the target. Raises HostError."""
     compiler = shutil.which(f"{target.arch}-linux-gnu-gcc") or shutil.which("gcc") or shutil.which("cc")
     if compiler is not None:
-        result = subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=False)
-        path = Path(result.stdout.strip())
-        if path.is_absolute() and path.is_file():
-            return path.resolve()
+        found = library_of(compiler, name)
+        if found is not None:
+            return found.resolve()
     for folder in (f"/usr/lib/{target.arch}-linux-gnu", f"/usr/{target.arch}-linux-gnu/lib", "/usr/lib64", "/usr/lib"):
         path = Path(folder, name)
         if path.is_file():
@@ -259,8 +258,8 @@ def _stays_inside(entry: str) -> bool:
 def check_isa(folder: Path, target: TargetProfile, *, proven: Path | None = None) -> None:
     """Disassemble what is in `folder` and hold it against `target.runtime.isa`.
 
-    `proven`, a file, remembers what was looked at and passed: digests of the files, by those of the rules. Raises
-    HostError that names file, instruction and rule, or a disassembler that is missing; for a full disk as well.
+    `proven`, a file, remembers what was looked at and passed: digests of files, and the rules. Raises HostError that
+    names file, instruction and rule, or a disassembler that is missing; for a full disk as well.
     """
     isa = target.runtime.isa
     if not isa.forbidden and not isa.required:
@@ -268,14 +267,17 @@ def check_isa(folder: Path, target: TargetProfile, *, proven: Path | None = None
     files = [path for path in sorted(folder.iterdir()) if not _matches(path.name, isa.chosen_at_run_time)]
     digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
     passed = {"rules": isa.model_dump(mode="json"), "files": digests}
-    if proven is not None and _read_json(proven) == passed:
+    known = _read_list(proven) if proven is not None else []
+    if passed in known:
         return
     libraries = {path.name for path in files if path.name.startswith("libggml-cpu")}
     computing = libraries or set(PROGRAMS)
     for path in files:
         seen = _search_code(path, target)
+        asked = [names for pattern, names in isa.asks_first.items() if _matches(path.name, (pattern,))]
+        allowed = {name for names in asked for name in names}
         for name in isa.forbidden:
-            if name in seen:
+            if name in seen and name not in allowed:
                 raise HostError(
                     f"{path.name} uses {name}, which the target {target.name} does not have: {seen[name]}",
                     hint="build for the target's processor: GGML_NATIVE = false, and its own architecture in the flags",
@@ -288,19 +290,20 @@ def check_isa(folder: Path, target: TargetProfile, *, proven: Path | None = None
             )
     if proven is not None:
         try:
-            write_atomic(proven, json.dumps(passed) + "\n")
+            write_atomic(proven, json.dumps([*known, passed]) + "\n")
         except OSError as error:
             if error.errno in _FULL:
                 raise HostError(f"{proven}: no space left", hint="free some space, then run again") from error
             return  # a cache that is not ours to write: it is looked at again the next time
 
 
-def _read_json(path: Path) -> object:
-    """What is in the file; None where there is none, or a damaged one."""
+def _read_list(path: Path) -> list[object]:
+    """What is in the file; nothing where there is none, or a damaged one."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
+        return []
+    return found if isinstance(found, list) else []
 
 
 def _check_gpu(folder: Path, target: TargetProfile) -> None:
@@ -377,4 +380,8 @@ def _objdump(target: TargetProfile) -> str:
         if name is not None and shutil.which(name) is not None:
             return name
     package = f"binutils-{target.arch.replace('_', '-')}-linux-gnu"
-    raise HostError(f"no disassembler for {target.arch}", hint=f"apt-get install {package}")
+    raise HostError(
+        f"no disassembler for {target.arch}, and these programs have not been held against the rules of {target.name}",
+        hint=f"apt-get install {package}; or, in a container, mount a cache in which `toolchain runtime build "
+        f"--target {target.name}` was run: what has passed there is remembered",
+    )

@@ -65,7 +65,10 @@ _CROSS = re.compile(r"(?P<host>(?P<arch>x86_64|aarch64)-linux-gnu)-(?P<kind>gcc|
 _DEBIAN = {"x86_64": "amd64", "aarch64": "arm64"}
 
 _CACHE_HINT = "set TOOLCHAIN_CACHE to a folder that is yours to write"
-_BUILD_HINT = "`toolchain llama-cpp build` fetches and builds it once; for another device: `toolchain runtime build`"
+_BUILD_HINT = (
+    "`toolchain llama-cpp build` fetches and builds it once; for another device: `toolchain runtime build`; in a "
+    "container without a compiler: mount the cache of a machine where that was done (docs/containers.md)"
+)
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,13 @@ class LlamaCpp:
 
     @property
     def libraries(self) -> Path:
-        """The C++ library of an older system, where the build is for one; else there is no such folder."""
+        """The C++ library that it was built against, for bundles made elsewhere; static programs have none."""
         return self.root / "lib"
+
+    @property
+    def passed(self) -> Path:
+        """A file that remembers which rules for instructions it was held against; no part of what was built."""
+        return self.root / "isa.json"
 
     @property
     def source(self) -> Path:
@@ -216,8 +224,8 @@ def build(cmake: Mapping[str, str | bool], *, report: Reporter) -> LlamaCpp:
         sdist, objects = compiled(cmake, partial, wanted=TARGETS, log=home / f"{key}.log", report=report)
         commit = versions()["llama_cpp"]["commit"]
         install(sdist, objects, partial / "install", cmake, {**request, "compiler": compiler, "commit": commit})
-        if _asks(cmake, sysroot.PLACEHOLDER):
-            _take_along(sysroot.make(cache_folder(), report=report), partial / "install" / "lib")
+        older = sysroot.make(cache_folder(), report=report) if _asks(cmake, sysroot.PLACEHOLDER) else None
+        _take_along(partial / "install", cmake, older)
         (partial / "install").rename(final)
         shutil.rmtree(partial)
     return _open(final)
@@ -268,12 +276,24 @@ def _filled(cmake: Mapping[str, str | bool], placeholder: str, folder: Path) -> 
     }
 
 
-def _take_along(older: Path, out: Path) -> None:
-    """The C++ library that programs were built against, not among them: on this host its newer one does as well, for
-    whatever else a process has loaded."""
+def _take_along(installed: Path, cmake: Mapping[str, str | bool], older: Path | None) -> None:
+    """The C++ library that programs were built against, the compiler's own or an `older` system's: a bundle may be made
+    elsewhere. Not among them: on this host its newer one does as well, for whatever else a process has loaded."""
+    if not any(b"\0libstdc++.so.6\0" in path.read_bytes() for path in (installed / "bin").iterdir()):
+        return
+    out = installed / "lib"
     out.mkdir()
     for name in sysroot.LIBRARIES:
-        shutil.copyfile(older / "usr" / "lib" / name, out / name)
+        path = older / "usr" / "lib" / name if older is not None else library_of(_compilers(cmake)[1], name)
+        if path is not None:
+            shutil.copyfile(path, out / name)
+
+
+def library_of(compiler: str, name: str) -> Path | None:
+    """Where a compiler has a library of its own; None where it has none."""
+    answer = subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=False)
+    path = Path(answer.stdout.strip())
+    return path if path.is_absolute() and path.is_file() else None
 
 
 def _no_compiler(cmake: Mapping[str, str | bool]) -> HostError:
@@ -446,7 +466,7 @@ def _unpack(archive: Path, out: Path) -> Path:
         draft = out.with_name(out.name + ".tmp")
         shutil.rmtree(draft, ignore_errors=True)
         with tarfile.open(archive) as tar:
-            tar.extractall(draft, filter="data")
+            tar.extractall(draft, **pinned.tar_filter())  # noqa: S202 - its digest is pinned
         (top,) = draft.iterdir()
         for path in patches():
             _apply(path, top / "vendor" / "llama.cpp")
@@ -470,7 +490,7 @@ def _apply(path: Path, source: Path) -> None:
 
 def _strip(binaries: Path, cmake: Mapping[str, str | bool]) -> None:
     """Remove symbols that only a debugger reads, where a `strip` for the machine's code is at hand."""
-    cross = "CMAKE_SYSTEM_PROCESSOR" in cmake
+    cross = "CMAKE_SYSTEM_NAME" in cmake
     strip = shutil.which(str(cmake["CMAKE_STRIP"])) if "CMAKE_STRIP" in cmake else None if cross else "strip"
     if strip is not None and shutil.which(strip) is not None:
         files = [str(path) for path in sorted(binaries.iterdir()) if not path.is_symlink()]

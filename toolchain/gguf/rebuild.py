@@ -31,7 +31,8 @@ def differing(first: LlamaCpp, target: str, *, report: Reporter) -> list[str]:
             log=cache_folder() / "llama.cpp" / f"{first.key}.again.log",
             env={**_SURROUNDINGS, "TOOLCHAIN_CACHE": str(folder)},
         )
-        return _differing(first.root, folder / "llama.cpp" / first.key)
+        found = _differing(first.root, folder / "llama.cpp" / first.key)
+        return [name for name in found if name != first.passed.name]
 
 
 def _differing(one: Path, other: Path) -> list[str]:

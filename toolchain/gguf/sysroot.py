@@ -79,7 +79,7 @@ def _unpack(package: Path, out: Path) -> None:
                 path.symlink_to(PurePosixPath(member.linkname).name)  # its libraries lie in one folder
             else:
                 member.name = str(place)
-                tar.extract(member, out, filter="data")
+                tar.extract(member, out, **pinned.tar_filter())
 
 
 def _place(name: str) -> PurePosixPath | None:
