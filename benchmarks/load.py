@@ -28,12 +28,12 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=500)
     parser.add_argument("--table", action="store_true", help="print Markdown in place of JSON")
     options = parser.parse_args()
-    bundle = files.open_bundle(options.bundle)
+    bundle = files.open_bundle(options.bundle.resolve())
     model = bundle.manifest["model"]
     with tempfile.TemporaryDirectory() as folder:
         key_file = Path(folder, "key")
         key_file.write_text("load\n", encoding="utf-8")
-        with served.serving(options.bundle, Path(folder, "log"), "--api-key-file", str(key_file)) as running:
+        with served.serving(bundle.root, Path(folder, "log"), "--api-key-file", str(key_file)) as running:
             client = Client("127.0.0.1", running.port, "load")
             load.run(client, context=model["context"], requests=len(load.KINDS), clients=1)  # warm
             before, start_s = running.usage(), time.perf_counter()
