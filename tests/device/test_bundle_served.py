@@ -282,21 +282,35 @@ def test_killing_edgectl_leaves_no_server(bundle: Path) -> None:
         assert gone_within(port, 10)
 
 
+def _server_of(edgectl: "subprocess.Popen[str]") -> int:
+    (pid,) = Path(f"/proc/{edgectl.pid}/task/{edgectl.pid}/children").read_text().split()
+    return int(pid)
+
+
+def _kill_server(edgectl: "subprocess.Popen[str]") -> None:
+    os.kill(_server_of(edgectl), signal.SIGKILL)
+
+
+def _said_until_ready(edgectl: "subprocess.Popen[str]") -> list[str]:
+    """Its lines up to the next "ready", or to its end."""
+    assert edgectl.stderr is not None
+    said = []
+    for line in edgectl.stderr:
+        said.append(line)
+        if line.startswith("ready after"):
+            break
+    return said
+
+
 def test_a_server_that_dies_is_started_again_with_a_line_that_says_why(bundle: Path) -> None:
     with serving(bundle) as (child, port):
-        (pid,) = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
-        os.kill(int(pid), signal.SIGKILL)
-        assert child.stderr is not None
-        said = []
-        for line in child.stderr:
-            said.append(line)
-            if line.startswith("ready after"):
-                break
+        first = _server_of(child)
+        _kill_server(child)
+        said = _said_until_ready(child)
         (why,) = (line for line in said if "started again" in line)
         assert why.startswith("llama-server was ended by SIGKILL (often: out of memory)")
         assert why.endswith("started again in 0.5 s\n")
-        (now,) = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
-        assert now != pid
+        assert _server_of(child) != first
         assert answers(port)
 
 
@@ -335,21 +349,11 @@ def _with_starts_that_fail(bundle: Path, tmp_path: Path, ends: str) -> Path:
     return copy
 
 
-def _kill_server(edgectl: "subprocess.Popen[str]") -> None:
-    (pid,) = Path(f"/proc/{edgectl.pid}/task/{edgectl.pid}/children").read_text().split()
-    os.kill(int(pid), signal.SIGKILL)
-
-
 def test_a_server_that_dies_while_it_loads_again_is_started_again(bundle: Path, tmp_path: Path) -> None:
     copy = _with_starts_that_fail(bundle, tmp_path, f"2) kill -9 $$ ;;\n3) {_ENDS_AFTER_HEALTH} ;;")
     with serving(copy) as (child, port):
         _kill_server(child)
-        assert child.stderr is not None
-        said = []
-        for line in child.stderr:
-            said.append(line)
-            if line.startswith("ready after"):
-                break
+        said = _said_until_ready(child)
         again = [line for line in said if "started again in" in line]
         assert [line.rpartition(" in ")[2] for line in again] == ["0.5 s\n", "1 s\n", "2 s\n"], said
         assert again[1].startswith("llama-server was ended by SIGKILL")
@@ -388,13 +392,9 @@ def test_a_server_is_not_stopped_because_nobody_takes_its_events(bundle: Path) -
         assert child.stderr is not None
         child.stdout.close()
         try:
-            for line in child.stderr:
-                if line.startswith("ready after"):
-                    break
+            _said_until_ready(child)
             _kill_server(child)
-            for line in child.stderr:
-                if line.startswith("ready after"):
-                    break
+            _said_until_ready(child)
             assert answers(port)
         finally:
             child.terminate()
@@ -412,8 +412,7 @@ def test_starts_that_fail_again_and_again_end_edgectl(
     def say(line: str) -> None:
         said.append(line)
         if line.startswith("ready after"):
-            (pid,) = (int(path.parent.name) for path in Path("/proc").glob("[0-9]*/exe") if _is_of(path, copy))
-            os.kill(pid, signal.SIGKILL)
+            _kill_program_of(copy)
 
     with pytest.raises(DeviceError, match=r"exit code 1: no memory; it ended 7 times in a row"):
         serve.run(files.open_bundle(copy), host="127.0.0.1", port=serve.free_port(), key_file=None, say=say)
@@ -432,14 +431,18 @@ def test_tuned_settings_that_have_served_are_kept_when_a_later_start_fails(
         if line.startswith("ready after"):
             if (tmp_path / "starts").read_text().count("started") == 3:
                 raise KeyboardInterrupt
-            (pid,) = (int(path.parent.name) for path in Path("/proc").glob("[0-9]*/exe") if _is_of(path, copy))
-            os.kill(pid, signal.SIGKILL)
+            _kill_program_of(copy)
 
     with pytest.raises(KeyboardInterrupt):
         serve.run(
             files.open_bundle(copy), host="127.0.0.1", port=serve.free_port(), key_file=None, tuned=settings, say=say
         )
     assert (tmp_path / "starts").read_text().count("--ubatch-size 128") == 3
+
+
+def _kill_program_of(bundle: Path) -> None:
+    (pid,) = (int(path.parent.name) for path in Path("/proc").glob("[0-9]*/exe") if _is_of(path, bundle))
+    os.kill(pid, signal.SIGKILL)
 
 
 def _is_of(program: Path, folder: Path) -> bool:
