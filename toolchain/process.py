@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -31,6 +31,7 @@ def run(
     log: Path,
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
+    without: Collection[str] = (),
     on_line: Callable[[str], None] | None = None,
     stdout: Path | None = None,
     hint: str | None = None,
@@ -40,10 +41,10 @@ def run(
 ) -> None:
     """Run a program to its end; stdout and stderr together go to `log`, line by line to `on_line`.
 
-    With `stdout`, what the program prints there goes to that file, and only stderr to the log. With `group`, another
-    thread can end it. It inherits `pass_fds`, under their numbers. Raises ExternalToolError when it is missing, fails
-    or is killed, and HostError when it fails and told of a full disk; of a program that works `elsewhere`, that disk is
-    not ours.
+    It has this process's environment and `env`, and of them no variable of `without`. With `stdout`, what the program
+    prints there goes to that file, and only stderr to the log. With `group`, another thread can end it. It inherits
+    `pass_fds`, under their numbers. Raises ExternalToolError when it is missing, fails or is killed, and HostError when
+    it fails and told of a full disk; of a program that works `elsewhere`, that disk is not ours.
     """
     name = Path(argv[0]).name
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +60,7 @@ def run(
             child = subprocess.Popen(
                 argv,
                 cwd=cwd,
-                env={**os.environ, **env} if env is not None else None,
+                env={name: value for name, value in {**os.environ, **(env or {})}.items() if name not in without},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE if result is None else result,
                 stderr=subprocess.STDOUT if result is None else subprocess.PIPE,

@@ -1,5 +1,6 @@
 """Kernels of the pinned llama.cpp for a Jetson Orin, compiled on this host by the toolkit of NVIDIA's wheels."""
 
+import re
 import shutil
 import subprocess
 import tarfile
@@ -9,6 +10,7 @@ import pytest
 from elftools.elf.elffile import ELFFile
 
 from toolchain.bundle import fatbin
+from toolchain.errors import ExternalToolError
 from toolchain.gguf import cuda_toolkit, llama_cpp
 from toolchain.reporter import Silent
 from toolchain.target import read_target
@@ -63,6 +65,21 @@ def test_what_is_set_for_other_builds_does_not_get_into_one_for_the_orin(
     kernel = "ggml/src/ggml-cuda/CMakeFiles/ggml-cuda.dir/scale.cu.o"
     _, objects = llama_cpp.compiled(options, tmp_path, wanted=[kernel], log=tmp_path / "log", report=Silent())
     assert fatbin.code_in(objects / kernel) == {"sm_87"}
+
+
+def test_nvcc_takes_the_compiler_on_path_where_the_profile_names_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in NVIDIA's image; here the last step of CMake's check fails, as the toolkit has no libraries for x86-64."""
+    monkeypatch.setenv("CUDACXX", str(cuda_toolkit.make(llama_cpp.cache_folder(), report=Silent()) / "bin" / "nvcc"))
+    monkeypatch.setenv("NVCC_CCBIN", "nobodys-g++")
+    options = read_target(str(Path(__file__).with_name("x86-cuda.toml"))).runtime.cmake
+    log = tmp_path / "log"
+    with pytest.raises(ExternalToolError):
+        llama_cpp.compiled(options, tmp_path, wanted=["llama-server"], log=log, report=Silent())
+    said = log.read_text()
+    assert re.search(r'#\$ ptxas .*\n.*\.cubin"', said)
+    assert "cannot find -lcudart" in said
 
 
 @needs_compiler

@@ -23,3 +23,13 @@ def test_the_full_disk_of_another_machine_is_not_ours(tmp_path: Path) -> None:
 def test_a_program_that_ends_well_had_room(tmp_path: Path) -> None:
     process.run(["sh", "-c", _FULL], log=tmp_path / "log")
     assert "No space left on device" in (tmp_path / "log").read_text()
+
+
+def test_a_variable_that_is_left_out_is_not_there_even_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("KEPT", "LEFT_OUT", "CHANGED"):
+        monkeypatch.setenv(name, "here")
+    out = tmp_path / "out"
+    show = 'echo "${KEPT-none} ${LEFT_OUT-none} ${CHANGED-none} ${ADDED-none} ${BOTH-none}"'
+    env = {"CHANGED": "now", "ADDED": "", "BOTH": "x"}
+    process.run(["sh", "-c", show], log=tmp_path / "log", env=env, without=["LEFT_OUT", "BOTH"], stdout=out)
+    assert out.read_text() == "here none now  none\n"

@@ -244,9 +244,10 @@ def compiled(
     # Not the caller's own: they would change the build without changing its key. No path of this machine in it.
     no_paths = f"-ffile-prefix-map={sdist}=."
     env = {"CFLAGS": no_paths, "CXXFLAGS": no_paths, "CUDAFLAGS": f"-Xcompiler={no_paths}", "LDFLAGS": ""}
-    env |= dict.fromkeys(_NOT_INHERITED, "")
+    # Gone, not empty: where NVCC_CCBIN is empty, nvcc says "No such file or directory" and nothing else.
+    without = list(_NOT_INHERITED)
     if "CMAKE_CUDA_HOST_COMPILER" in cmake:
-        env["CUDAHOSTCXX"] = ""  # CMake would take it before the option
+        without.append("CUDAHOSTCXX")  # CMake would take it before the option
     if _asks(cmake, cuda_toolkit.PLACEHOLDER):
         toolkit = cuda_toolkit.make(cache_folder(), report=report)
         cmake = _filled(cmake, cuda_toolkit.PLACEHOLDER, toolkit)
@@ -257,10 +258,10 @@ def compiled(
         env["CXXFLAGS"] += f" {sysroot.compiler_flags(older)}"
         env["LDFLAGS"] += sysroot.link_flags(older)
     argv = configure_argv(tools, sdist / "vendor" / "llama.cpp", objects, cmake)
-    process.run(argv, log=log, env=env, hint=hint)
+    process.run(argv, log=log, env=env, without=without, hint=hint)
     with _ninja_bar(report) as on_line:
         argv = [str(tools["ninja"]), "-C", str(objects), *wanted]
-        process.run(argv, log=log, env=env, on_line=on_line, hint=hint)
+        process.run(argv, log=log, env=env, without=without, on_line=on_line, hint=hint)
     return sdist, objects
 
 
