@@ -2,6 +2,7 @@
 
 import json
 import re
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -79,9 +80,38 @@ def test_a_schema_works_where_the_answer_begins_with_a_plain_word(
         "max_tokens": 40,
     }
     with serving(llama, tmp_path / convert.OUTPUT, "-c", "512") as url:
-        request = urllib.request.Request(
-            f"{url}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=60) as response:
-            answer = json.loads(response.read())["choices"][0]["message"]["content"]
+        _, answer = _answer(url, body)
     assert re.match(r'\{\s*("works|$)', answer), answer
+
+
+def _answer(url: str, body: dict[str, Any]) -> tuple[int, str]:
+    """Status, and what the model or the error says."""
+    request = urllib.request.Request(
+        f"{url}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, json.loads(response.read())["choices"][0]["message"]["content"]
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())["error"]["message"]
+
+
+def test_a_role_is_one_of_openai_s_or_one_that_the_template_names(llama: LlamaCpp, tmp_path: Path) -> None:
+    model = make_tiny_checkpoint(tmp_path / "model", hidden=256, vocabulary=520)
+    (model / "chat_template.jinja").write_text(
+        "{% for message in messages %}{% if message['role'] == 'context' %}{{ message['content'] }}"
+        "{% elif message['role'] == \"quoted\" %}{{ message['content'] }}"
+        "{% elif message['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% else %}"
+        "{{ message['role'] + ': ' + message['content'] + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+    )
+    to_gguf(model, tmp_path, llama)
+    with serving(llama, tmp_path / convert.OUTPUT, "-c", "512") as url:
+        for role in ("system", "developer", "user", "context", "quoted"):
+            body = {"messages": [{"role": role, "content": "x"}, {"role": "user", "content": "x"}], "max_tokens": 1}
+            assert _answer(url, body)[0] == 200, role
+        for role in ("wizard", "message", "Context"):
+            body = {"messages": [{"role": role, "content": "x"}]}
+            assert _answer(url, body) == (400, f"Missing or unknown role: '{role}'")
+        status, said = _answer(url, {"messages": [{"role": "tool", "content": "x"}]})
+    assert status == 400
+    assert "no tools here" in said
