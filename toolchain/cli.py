@@ -87,7 +87,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON o
 verify_option = click.option("--verify", is_flag=True, help="Hash the bytes of every artifact that is reused.")
 launcher_option = click.option(
     "--launcher", default="", metavar="COMMAND",
-    help="Start capture and distill by this command, such as 'torchrun --nproc-per-node 2', on several GPUs or hosts.",
+    help="On several GPUs or hosts: what starts capture and distill ('torchrun --standalone --nproc-per-node 2').",
 )  # fmt: skip
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="Only errors.")
 

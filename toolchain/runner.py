@@ -100,7 +100,7 @@ class Pipeline:
     ) -> None:
         """Run what has to be run. `only`: that stage alone, whose inputs must be there; `until`: up to that stage.
 
-        `launcher` starts the stages that several processes can share, such as ("torchrun", "--nproc-per-node", "2").
+        `launcher` starts the stages that several processes can share: torchrun and its options.
 
         `on_step` is called before a step (artifact None) and after it. Raises what the stages raise, and GateError
         when quality gates keep a bundle from being built.

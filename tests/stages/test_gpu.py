@@ -126,7 +126,7 @@ def test_two_gpus_make_the_steps_of_one(captured: Path, tmp_path: Path, engine: 
     one, two = (copy_of(captured, tmp_path / name, changes) for name in ("one", "two"))
     run(one, "distill")
     shutil.rmtree(two.parent / "work" / "capture")
-    run(two, "distill", "--launcher", f"{sys.executable} -m torch.distributed.run --nproc-per-node 2")
+    run(two, "distill", "--launcher", f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2")
     for stage in ("capture", "distill"):
         assert manifest(two, stage)["metrics"]["processes"] == 2
     expect_the_same_losses(one, two, "distill")

@@ -341,7 +341,7 @@ def test_two_processes_on_one_host_or_two_make_the_steps_of_one(made: dict[str, 
     settings = TRAINING.model_copy(update={"lora_dropout": 0.0, "batch_size": 4, "gradient_accumulation": 1})
     _distill(made, _fresh(tmp_path / "one"), settings)
     job = _distill_job(made, tmp_path / "two", settings)
-    metrics = run_in_worker(job, log=tmp_path / "two.log", report=Silent(), launcher=[*TORCHRUN, "2"])
+    metrics = run_in_worker(job, log=tmp_path / "two.log", report=Silent(), launcher=[*TORCHRUN, "2", "--standalone"])
     assert metrics["processes"] == 2
     assert distill.newest_whole(tmp_path / "two" / "resume") is not None
 
@@ -369,7 +369,7 @@ def test_an_error_of_one_of_several_processes_is_the_error_of_the_stage(made: di
 
     job = _distill_job(made, tmp_path / "out", TRAINING.model_copy(update={"temperature": 3.0}))
     with pytest.raises(ArtifactError, match="not 3"):
-        run_in_worker(job, log=tmp_path / "log", report=Silent(), launcher=[*TORCHRUN, "2"])
+        run_in_worker(job, log=tmp_path / "log", report=Silent(), launcher=[*TORCHRUN, "2", "--standalone"])
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_saved(

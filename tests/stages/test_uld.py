@@ -257,7 +257,7 @@ def test_two_processes_make_the_steps_of_one(made: dict[str, Path], tmp_path: Pa
         update={"lora_dropout": 0.0, "batch_size": 4, "gradient_accumulation": 1, "epochs": 2.0, "ce_weight": 1.0}
     )
     _run(made, tmp_path / "one", settings)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     job = _job(made, tmp_path / "two", settings)
     metrics = run_in_worker(job, log=tmp_path / "two.log", report=Silent(), launcher=launcher)
     assert metrics["processes"] == 2
