@@ -2,10 +2,9 @@
 
 import json
 import re
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -13,6 +12,7 @@ pytest.importorskip("torch")
 
 from tests.stages.gguf_files import serving, to_gguf
 from tests.tiny import make_tiny_checkpoint
+from toolchain.device.client import Client
 from toolchain.gguf import convert, llama_cpp
 from toolchain.gguf.llama_cpp import LlamaCpp
 
@@ -80,20 +80,19 @@ def test_a_schema_works_where_the_answer_begins_with_a_plain_word(
         "max_tokens": 40,
     }
     with serving(llama, tmp_path / convert.OUTPUT, "-c", "512") as url:
-        _, answer = _answer(url, body)
+        status, said = _chat(url, body)
+    assert status == 200, said
+    answer = said["choices"][0]["message"]["content"]
     assert re.match(r'\{\s*("works|$)', answer), answer
 
 
-def _answer(url: str, body: dict[str, Any]) -> tuple[int, str]:
-    """Status, and what the model or the error says."""
-    request = urllib.request.Request(
-        f"{url}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+def _chat(url: str, body: dict[str, Any]) -> tuple[int, Any]:
+    address = urlsplit(url)
+    assert address.hostname is not None
+    assert address.port is not None
+    return Client(address.hostname, address.port, timeout_s=60).request(
+        "POST", f"{address.path}/chat/completions", body
     )
-    try:
-        with urllib.request.urlopen(request, timeout=60) as response:
-            return response.status, json.loads(response.read())["choices"][0]["message"]["content"]
-    except urllib.error.HTTPError as error:
-        return error.code, json.loads(error.read())["error"]["message"]
 
 
 def test_a_role_is_one_of_openai_s_or_one_that_the_template_names(llama: LlamaCpp, tmp_path: Path) -> None:
@@ -108,10 +107,11 @@ def test_a_role_is_one_of_openai_s_or_one_that_the_template_names(llama: LlamaCp
     with serving(llama, tmp_path / convert.OUTPUT, "-c", "512") as url:
         for role in ("system", "developer", "user", "context", "quoted"):
             body = {"messages": [{"role": role, "content": "x"}, {"role": "user", "content": "x"}], "max_tokens": 1}
-            assert _answer(url, body)[0] == 200, role
+            assert _chat(url, body)[0] == 200, role
         for role in ("wizard", "message", "Context"):
             body = {"messages": [{"role": role, "content": "x"}]}
-            assert _answer(url, body) == (400, f"Missing or unknown role: '{role}'")
-        status, said = _answer(url, {"messages": [{"role": "tool", "content": "x"}]})
+            status, said = _chat(url, body)
+            assert (status, said["error"]["message"]) == (400, f"Missing or unknown role: '{role}'")
+        status, said = _chat(url, {"messages": [{"role": "tool", "content": "x"}]})
     assert status == 400
-    assert "no tools here" in said
+    assert "no tools here" in said["error"]["message"]
