@@ -409,9 +409,8 @@ def test_a_body_has_4_mib_at_most(server: Served, size: int, status: int) -> Non
     assert error_of(rest) == "Request body longer than 4 MiB" if status == 413 else "parse error" in error_of(rest)
 
 
-def test_what_a_refused_request_says_is_not_in_the_log(server: Served) -> None:
+def test_what_a_refused_request_says_is_not_in_the_log(bundle: Path, key_file: Path, tmp_path: Path) -> None:
     secret = "basilisk"
-    before = server.log().count("got exception: status")
     bad = [
         f'{{"messages":[{{"role":"user","content":"{secret} '.encode() + b"\xff",
         {"messages": [{"content": secret}]},
@@ -420,13 +419,17 @@ def test_what_a_refused_request_says_is_not_in_the_log(server: Served) -> None:
         load.body(grammar=f'root ::= "a"\n{secret} ::= (((\n1.2.3 {secret}'),
         load.body(f"{secret} " * tiny_chat.CONTEXT),
     ]
-    for body in bad:
-        status, _ = asked(server, "POST", CHAT, body)
-        assert status == 400
-    said(server)
-    log = server.log()
+    with serving(bundle, tmp_path / "log", "--api-key-file", str(key_file)) as server:
+        for body in bad:
+            status, _ = asked(server, "POST", CHAT, body)
+            assert status == 400
+        said(server)
+        end_s = time.monotonic() + 30
+        while "total time" not in (log := server.log()):  # of the answer, which is the last; a thread writes the log
+            assert time.monotonic() < end_s, log[-2000:]
+            time.sleep(0.02)
     assert secret not in log
-    assert log.count("got exception: status") == before + 4
+    assert log.count("got exception: status") == 4
     assert "error parsing grammar" in log
     assert "failed to parse grammar" in log
 
