@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("torch")
 
+from tests.device import tiny_chat
 from tests.stages.gguf_files import serving, to_gguf
 from tests.tiny import make_tiny_checkpoint
 from toolchain.device.client import Client
@@ -87,12 +88,14 @@ def test_a_schema_works_where_the_answer_begins_with_a_plain_word(
 
 
 def _chat(url: str, body: dict[str, Any]) -> tuple[int, Any]:
+    return _post(url, "/chat/completions", body)
+
+
+def _post(url: str, path: str, body: dict[str, Any]) -> tuple[int, Any]:
     address = urlsplit(url)
     assert address.hostname is not None
     assert address.port is not None
-    return Client(address.hostname, address.port, timeout_s=60).request(
-        "POST", f"{address.path}/chat/completions", body
-    )
+    return Client(address.hostname, address.port, timeout_s=60).request("POST", address.path + path, body)
 
 
 def test_a_role_is_one_of_openai_s_or_one_that_the_template_names(llama: LlamaCpp, tmp_path: Path) -> None:
@@ -115,3 +118,48 @@ def test_a_role_is_one_of_openai_s_or_one_that_the_template_names(llama: LlamaCp
         status, said = _chat(url, {"messages": [{"role": "tool", "content": "x"}]})
     assert status == 400
     assert "no tools here" in said["error"]["message"]
+
+
+TOOLS_TEMPLATE = """{% for tool in tools or [] %}{{ tool | tojson }}
+{% endfor %}{% for message in messages %}<|turn|>{{ message['role'] }}
+{% if message['content'] %}{{ message['content'] }}{% endif %}
+{%- for call in message['tool_calls'] or [] %}{% set called = call['function'] -%}
+<tool_call>{"name": "{{ called['name'] }}", "arguments": {{ called['arguments'] | tojson }}}</tool_call>
+{%- endfor %}<|fin|>{% endfor %}
+{%- if add_generation_prompt %}<|turn|>assistant
+{% endif %}"""
+ONE = {"type": "object", "properties": {"n": {"enum": [1]}}, "required": ["n"], "additionalProperties": False}
+
+
+def test_a_tool_that_is_chosen_by_its_name_is_called(llama: LlamaCpp, tmp_path: Path) -> None:
+    """The model calls f, whatever it is asked, but where the grammar does not let it."""
+    answer = ("<tool_call>", '{"name": "', "f", '", "arguments": {"n": 1}}', "</tool_call>")
+    model = tiny_chat.write_gguf(tmp_path / "model.gguf", answer=answer, template=TOOLS_TEMPLATE)
+    message = {"messages": [{"role": "user", "content": "x"}], "temperature": 0, "max_tokens": 100}
+    tools = [{"type": "function", "function": {"name": name, "parameters": ONE}} for name in "fg"]
+    with serving(llama, model, "-c", "1024") as url:
+        for choice, called in [
+            *((name, "f") for name in ("auto", "required")),
+            *((_named(name), name) for name in "fg"),
+        ]:
+            status, said = _chat(url, {**message, "tools": tools, "tool_choice": choice})
+            assert status == 200, said
+            (call,) = said["choices"][0]["message"]["tool_calls"]
+            assert call["function"]["name"] == called
+            assert json.loads(call["function"]["arguments"]) == {"n": 1}
+        asked = {"input": "x", "tools": [{"type": "function", "name": name, "parameters": ONE} for name in "fg"]}
+        status, said = _post(
+            url, "/responses", {**asked, "temperature": 0, "tool_choice": {"type": "function", "name": "g"}}
+        )
+        assert (status, [item["name"] for item in said["output"]]) == (200, ["g"])
+        forms = [{"name": name, "input_schema": ONE} for name in "fg"]
+        status, said = _post(
+            url, "/messages", {**message, "tools": forms, "tool_choice": {"type": "tool", "name": "g"}}
+        )
+        assert (status, [item["name"] for item in said["content"]]) == (200, ["g"])
+        status, said = _chat(url, {**message, "tools": tools, "tool_choice": _named("h")})
+    assert (status, said["error"]["message"]) == (400, "'tool_choice' names no tool of the request: 'h'")
+
+
+def _named(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}

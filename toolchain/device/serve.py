@@ -7,7 +7,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -141,7 +141,7 @@ class Server:
 
     def _read_log(self) -> None:
         with open(self._child.output, encoding="utf-8", errors="replace") as lines:  # noqa: PTH123 - a descriptor
-            for line in discreet(lines):
+            for line in lines:
                 self.log.append(line.rstrip("\n"))
                 if self._on_line is not None:
                     self._on_line(line.rstrip("\n"))
@@ -151,20 +151,6 @@ class Server:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.stop()
-
-
-def discreet(lines: Iterable[str]) -> Iterator[str]:
-    """A server's log without what clients sent: llama-server quotes the requests that it refuses."""
-    quoted = False
-    for line in lines:
-        # A grammar that is wrong is quoted as it is, with its own line breaks, up to the next line with a time.
-        quoted = quoted and re.match(r"[0-9.]+ [A-Z] ", line) is None
-        if quoted:
-            continue
-        refusal = re.match(r'(.*got exception: )\{"error":\{"code":(\d+)', line)
-        grammar = re.match(r".*error parsing grammar", line)
-        quoted = grammar is not None
-        yield f"{refusal[1]}status {refusal[2]}" if refusal else grammar[0] if grammar else line
 
 
 def local_address(host: str) -> str:
