@@ -12,7 +12,7 @@ from pathlib import Path
 from toolchain.device import serve
 
 _PYTHON = shutil.which("python3", path="/usr/bin:/bin") or sys.executable
-_READY_S = 60.0
+_LOGGED_S = 60.0
 _SETTLE_S = 30.0
 
 
@@ -34,10 +34,14 @@ class Served:
 
     def wait_ready(self, times: int = 1) -> None:
         """Until it has become ready so often."""
-        end_s = time.monotonic() + _READY_S
-        while self.log().count("ready after") < times:
+        self.wait_logged("ready after", times)
+
+    def wait_logged(self, text: str, times: int = 1) -> None:
+        """Until the log has `text` so often: llama-server's own lines are written by a thread, later."""
+        end_s = time.monotonic() + _LOGGED_S
+        while self.log().count(text) < times:
             if self.child.poll() is not None or time.monotonic() > end_s:
-                raise AssertionError(f"not ready, exit code {self.child.returncode}: {self.log()[-2000:]}")
+                raise AssertionError(f"no {text!r}, exit code {self.child.returncode}: {self.log()[-2000:]}")
             time.sleep(0.02)
 
     def usage(self) -> dict[str, int]:
